@@ -1,0 +1,28 @@
+"""Approximations of a curvature matrix: which statistics of it are kept."""
+
+from curvlib.approximations.base import Approximation, Description, StatisticalApproximation, Statistics
+from curvlib.approximations.block_diagonal import BlockDiagonal
+from curvlib.approximations.diagonal import Diagonal
+from curvlib.approximations.exact import Dense, Exact
+from curvlib.approximations.identity import Identity
+from curvlib.approximations.kfac import KFAC, Expand, Reduce, WeightSharing
+from curvlib.approximations.layerwise import LayerwiseApproximation
+from curvlib.approximations.moving_average import MovingAverage
+
+__all__ = [
+    "KFAC",
+    "Approximation",
+    "BlockDiagonal",
+    "Dense",
+    "Description",
+    "Diagonal",
+    "Exact",
+    "Expand",
+    "Identity",
+    "LayerwiseApproximation",
+    "MovingAverage",
+    "Reduce",
+    "StatisticalApproximation",
+    "Statistics",
+    "WeightSharing",
+]

@@ -1,0 +1,46 @@
+"""The diagonal of a curvature matrix.
+
+Symbols: N examples, J_n^T v the gradient of one example for the output-space vector v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from curvlib.approximations.base import Statistics
+from curvlib.approximations.layerwise import LayerwiseApproximation, layer_key
+from curvlib.extensions import Layer, LayerFactors
+from curvlib.operators import Diagonal as DiagonalOperator
+from curvlib.operators import LinearOperator
+
+
+@dataclass(frozen=True)
+class Diagonal(LayerwiseApproximation):
+    """diag C = sum_n sum_k (J_n^T v_k)^2, entry by entry: exact for the given matrix.
+
+    A layer used at one position needs one matrix product of squares for each vector; with several positions
+    per-example gradients are made in chunks of at most 64 MiB.
+
+    Args:
+        matrix: ``GGN()``, ``Fisher()`` (an unbiased estimate of the GGN's diagonal) or ``EmpiricalFisher()``.
+        on_unsupported: what parameters outside every layer get: "raise", "diagonal" or "exclude".
+    """
+
+    def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+        """Add the squared per-example gradients."""
+        key, squares = layer_key(factors.layer, "diagonal"), factors.squared_gradients()
+        sums[key] = sums[key] + squares if key in sums else squares
+
+    def zeros(self, layer: Layer, like: Tensor) -> Statistics:
+        """Return a zero diagonal."""
+        return Statistics(sums={layer_key(layer, "diagonal"): like.new_zeros(layer.d_out * layer.columns)})
+
+    def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
+        """Return the diagonal of one layer."""
+        return DiagonalOperator(statistics.sums[layer_key(layer, "diagonal")])
+
+    def describe_block(self, layer: Layer) -> str:
+        """Name the kind of block."""
+        return "diagonal"

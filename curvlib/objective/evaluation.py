@@ -1,0 +1,318 @@
+"""One evaluation of an objective: value, gradient, linearisation and layer factors from one graph.
+
+Symbols: D parameters, N examples, z (N, ...) the model's outputs, L(z, y) the loss, J = dz/dtheta, u of z's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape, UnsupportedLayerError
+from curvlib.objective.forward import ForwardPass, tensors_of
+from curvlib.operators import full_precision
+
+if TYPE_CHECKING:
+    from curvlib.objective.objective import Objective
+
+
+# Work in gradients: a forward pass, a backward pass with weight gradients, and one down to the layers' outputs alone.
+_FORWARD, _BACKWARD, _TO_OUTPUTS = 1 / 3, 2 / 3, 1 / 3
+
+
+class StaleEvaluationError(RuntimeError):
+    """An evaluation was used after its parameters or its batch had changed."""
+
+
+class LinearizationError(RuntimeError):
+    """The model's backward pass cannot be differentiated, so that exact products are not available."""
+
+
+class Evaluation:
+    """The objective on one batch at one parameter vector.
+
+    Made by :meth:`Objective.at`. It keeps the autograd graph alive and raises :class:`StaleEvaluationError` when it is
+    used after the parameters or the batch have changed. (A change is noticed through PyTorch's version counters, which
+    writes to ``parameter.data`` do not move; write under ``torch.no_grad()`` instead.)
+
+    Attributes:
+        objective: what was evaluated.
+        layout: how theta's tensors lie in flat vectors (D,).
+        targets: the batch's targets.
+        work: forward and backward passes made so far, in gradients of this batch (a forward pass is 1/3 of one);
+            checks that are made once for an objective are not counted.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: list[nn.Parameter],
+        batch: tuple[Any, Any],
+        outputs: Tensor,
+        tape: Tape,
+        forward: ForwardPass,
+        linearize: bool,
+    ) -> None:
+        inputs, self.targets = batch
+        self.objective = objective
+        self.layout = objective.layout
+        self._outputs = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        self._parameters = parameters
+        # tensors made in inference mode have no version; autograd keeps none of them either
+        batch_tensors = (*tensors_of(inputs), *tensors_of(self.targets))
+        self._batch_tensors = [tensor for tensor in batch_tensors if not tensor.is_inference()]
+        self._graph = outputs
+        self._tape = tape
+        self._forward = forward
+        self._linearize = linearize
+        self.work = _FORWARD
+        self._made_at, self._mode = self._fingerprint(), objective.mode()
+        hooked = [name for name, p in zip(self.layout.names, parameters, strict=True) if p._backward_hooks]
+        if hooked:
+            raise ValueError(
+                f"parameter {hooked[0]!r} has a gradient hook (register_hook), which would change products: remove it."
+            )
+        with full_precision(self.layout.device):
+            self._value = objective.total(objective.loss.value(self._outputs, self.targets), parameters)
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        """h, a scalar tensor without a graph."""
+        self.check_fresh()
+        return self._value
+
+    @property
+    def outputs(self) -> Float[Tensor, "N ..."]:
+        """The model's outputs, detached, in float32 at least."""
+        self.check_fresh()
+        return self._outputs
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self._outputs.shape[0]
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layers that this forward pass has complete records of, and the parameters outside of them."""
+        return self._tape.plan
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of :attr:`plan`."""
+        return self._tape.plan.layers
+
+    def check_fresh(self) -> None:
+        """Raise StaleEvaluationError if the parameters or the batch have changed since the evaluation was made."""
+        now = self._fingerprint()
+        if now == self._made_at:
+            return
+        names = [*(f"parameter {name!r}" for name in self.layout.names), *(["the batch"] * len(self._batch_tensors))]
+        changed = [(name, new, old) for name, new, old in zip(names, now, self._made_at, strict=True) if new != old]
+        name, new, old = changed[0]
+        how = "has changed" if new[0] == old[0] and new[1] == old[1] else "has been replaced or frozen"
+        raise StaleEvaluationError(
+            f"{name} {how} since this Evaluation was made (by a write, or modified in place), and it answers for the "
+            "old values only: call objective.at(batch) again, after making a new Objective if a parameter was frozen."
+        )
+
+    @property
+    def output_gradient(self) -> Float[Tensor, "N ..."]:
+        """dL/dz, of the outputs' shape."""
+        self.check_fresh()
+        return self._output_gradient
+
+    @cached_property
+    def _output_gradient(self) -> Float[Tensor, "N ..."]:
+        with full_precision(self.layout.device):
+            return self.objective.loss.gradient(self._outputs, self.targets)
+
+    def gradient(self) -> Float[Tensor, " D"]:
+        """Return dh/dtheta (D,), by one backward pass, computed once. Do not modify it in place."""
+        self.check_fresh()
+        return self._gradient
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        gradient = self._transposed[1].detach() if self._linearize else self.vjp(self.output_gradient)
+        if self.objective.l2 > 0:
+            return gradient.add(self.objective.parameter_vector(), alpha=self.objective.l2)
+        return gradient
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Float[Tensor, " D"]]:
+        """A leaf u with the value dL/dz, and J^T u with the graph that makes it a function of u (and of theta)."""
+        self.work += _BACKWARD
+        u = self.output_gradient.to(self._graph.dtype).detach().requires_grad_()
+        with torch.enable_grad(), full_precision(self.layout.device):
+            rows = torch.autograd.grad(self._graph, self._parameters, u, create_graph=True, allow_unused=True)
+            # One flat vector: a product then differentiates one tensor, which small networks notice.
+            return u, self.layout.join(rows)
+
+    def jvp(self, vector: Float[Tensor, " D"]) -> Float[Tensor, "N ..."]:
+        """Return J v, of the outputs' shape: one backward pass through the graph of J^T u, as J v = d(J^T u . v)/du.
+
+        Raises:
+            LinearizationError: an operation of the model has a backward pass that cannot be differentiated.
+        """
+        self.check_fresh()
+        self.layout.check(vector)
+        with full_precision(self.layout.device):
+            return self._jvp(vector)
+
+    def _jvp(self, vector: Float[Tensor, " D"]) -> Float[Tensor, "N ..."]:
+        u, transposed = self._linearization
+        return self._differentiate(transposed, [u], vector)[0].to(self._outputs.dtype)
+
+    def vjp(self, vector: Float[Tensor, "N ..."]) -> Float[Tensor, " D"]:
+        """Return J^T v for v of the outputs' shape: one ordinary backward pass."""
+        self.check_fresh()
+        with full_precision(self.layout.device):
+            return self._vjp(vector)
+
+    def _vjp(self, vector: Float[Tensor, "N ..."]) -> Float[Tensor, " D"]:
+        self.work += _BACKWARD
+        rows = torch.autograd.grad(
+            self._graph, self._parameters, vector.to(self._graph.dtype), retain_graph=True, allow_unused=True
+        )
+        return self.layout.join(rows)
+
+    def product(self, output_product: Callable[[Tensor], Tensor], vector: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """Return J^T M J v for a function x -> M x on output space: a :meth:`jvp` and a :meth:`vjp`."""
+        self.check_fresh()
+        with full_precision(self.layout.device):
+            return self._vjp(output_product(self._jvp(vector)))
+
+    def jvp_and_second_order(self, vector: Float[Tensor, " D"]) -> tuple[Tensor, Float[Tensor, " D"]]:
+        """Return J v and the product of v with the curvature of the model itself, sum_i (dL/dz_i) d^2 z_i/dtheta^2."""
+        self.check_fresh()
+        self.layout.check(vector)
+        with full_precision(self.layout.device):
+            u, transposed = self._linearization
+            product, *second = self._differentiate(transposed, [u, *self._parameters], vector)
+        return product.to(self._outputs.dtype), self.layout.join(second)
+
+    def layer_factors(self, vector: Float[Tensor, "N ..."]) -> Iterator[LayerFactors]:
+        """Yield (a, g) of every layer for an output-space vector: one backward pass down to the layers' outputs."""
+        self.check_fresh()
+        self.work += _TO_OUTPUTS
+        with full_precision(self.layout.device):
+            yield from self._tape.factors(self._graph, vector)
+
+    def per_example_vjp(self, names: tuple[str, ...], vector: Float[Tensor, "N ..."]) -> Iterator[list[Tensor]]:
+        """Yield J_n^T v_n for the named parameters, example by example: N backward passes, for any model."""
+        self.check_fresh()
+        chosen = [self._parameters[self.layout.names.index(name)] for name in names]
+        vector = vector.to(self._graph.dtype)
+        for n in range(self.examples):
+            self.work += _BACKWARD
+            rows = torch.autograd.grad(self._graph[n], chosen, vector[n], retain_graph=True, allow_unused=True)
+            yield [
+                torch.zeros_like(parameter) if row is None else row for parameter, row in zip(chosen, rows, strict=True)
+            ]
+
+    def value_at(self, parameters: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+        """Return h on the same batch, with the same random numbers (dropout), at other parameters (D,).
+
+        The model's own parameters and buffers are left as they are.
+
+        Raises:
+            StaleEvaluationError: the batch, or the training mode of a module, has changed.
+        """
+        batch = len(self._parameters)
+        if self._fingerprint()[batch:] != self._made_at[batch:] or self.objective.mode() != self._mode:
+            raise StaleEvaluationError(
+                "the batch or the training mode of a module has changed since this Evaluation was made, so values at "
+                "other parameters could not be compared with it: call objective.at(batch) again."
+            )
+        self.work += _FORWARD
+        parts = self.layout.unflatten(parameters)
+        with torch.no_grad():
+            outputs = self._forward.at(dict(zip(self.layout.names, parts, strict=True))).to(self._outputs.dtype)
+            with full_precision(self.layout.device):
+                return self.objective.total(self.objective.loss.value(outputs, self.targets), parts)
+
+    def same_precision(self) -> AbstractContextManager[None]:
+        """Return a context with the autocast setting that this evaluation was made with."""
+        return self._forward.same_precision()
+
+    def check_examples_are_independent(self) -> None:
+        """Refuse a model in which examples meet: their layer factors would mix, and every layer statistic be wrong.
+
+        A vector that is not zero for one example alone must give output gradients that are zero for all others, in
+        every layer: tried for the first and for the last, since one may see only what comes before it or after it. Two
+        backward passes, made once for an objective and the training mode of its modules.
+
+        Raises:
+            UnsupportedLayerError: a layer's output gradients are not zero for the other examples; its name.
+        """
+        if self.examples == 1 or not self.objective.is_first("independence of examples"):
+            return
+        work = self.work
+        for example in (0, self.examples - 1):
+            vector = torch.zeros_like(self._outputs)
+            vector[example] = _fixed_vector(vector[0].numel(), vector).view_as(vector[0])
+            for factors in self.layer_factors(vector):
+                if bool(factors.g[:example].any() or factors.g[example + 1 :].any()):
+                    self.objective.forget("independence of examples")
+                    raise UnsupportedLayerError(
+                        f"the examples of a batch meet in the model: outputs of one depend on other rows of layer "
+                        f"{factors.layer.name!r}. Layer statistics need independent examples, first in every tensor: "
+                        "use model.eval() for batch normalisation, keep (N, ...) everywhere, or use Exact."
+                    )
+        self.work = work
+
+    @cached_property
+    def _linearization(self) -> tuple[Tensor, Float[Tensor, " D"]]:
+        """:attr:`_transposed`, once it has been seen to be linear in all of u: <J v, J v> = <v, J^T J v>.
+
+        A custom backward pass that is not differentiable can be dropped by autograd without an error.
+        """
+        u, transposed = self._transposed
+        if self.objective.is_first("linearization"):
+            work, v = self.work, _fixed_vector(self.layout.size, transposed)
+            jv = self._differentiate(transposed, [u], v)[0].to(self._outputs.dtype)
+            square = jv.square().sum()
+            difference = (v @ self._vjp(jv) - square).abs()
+            # Half the digits: rounding stays far below, a lost layer far above.
+            if bool(difference > torch.finfo(self._graph.dtype).eps ** 0.5 * square):
+                self.objective.forget("linearization")
+                raise LinearizationError(
+                    f"<J v, J v> and <v, J^T J v> differ by {float(difference / square):.1e} of their size: some "
+                    "operation's backward pass cannot be differentiated (once_differentiable, or computed outside "
+                    "of PyTorch). Give it a differentiable one; layerwise approximations need none."
+                )
+            self.work = work
+        return u, transposed
+
+    def _differentiate(self, transposed: Tensor, of: list[Tensor], vector: Tensor) -> tuple[Any, ...]:
+        self.work += _BACKWARD
+        try:
+            # u itself is always used
+            return torch.autograd.grad(transposed, of, vector, retain_graph=True, allow_unused=len(of) > 1)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            raise LinearizationError(
+                f"exact products need a backward pass that can be differentiated, but: {error} For attention choose "
+                "the differentiable kernel around objective.at: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+            ) from error
+
+    def _fingerprint(self) -> list[tuple[int, bool, int, int]]:
+        """Identity, trainability, version and place in memory of everything that the evaluation answers for."""
+        tensors = (*self.objective.current_parameters(), *self._batch_tensors)
+        return [
+            (id(x), x.requires_grad, x._version, x.data_ptr()) if x is not None else (0, False, 0, 0) for x in tensors
+        ]
+
+
+def _fixed_vector(size: int, like: Tensor) -> Tensor:
+    """Return a vector (size,) of normal numbers, always the same; the caller's random generators are not touched."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)

@@ -1,0 +1,70 @@
+"""A forward pass that can be made again: with the same random numbers, in the same precision, at other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Any, Any]
+
+
+class ForwardPass:
+    """One call of a model on inputs, and the surroundings it was made in.
+
+    Args:
+        model: the network.
+        inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        device: where the model lies.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, device: torch.device) -> None:
+        self._model, self._inputs, self._device = model, inputs, device
+        self._random = torch.get_rng_state()
+        self._random_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._autocast = torch.is_autocast_enabled(device.type)
+        self._autocast_type = torch.get_autocast_dtype(device.type)
+
+    def __call__(self) -> Any:
+        """Call the model at its own parameters."""
+        if self._autocast:
+            # autocast keeps low-precision copies of the parameters for a whole block, also of old ones
+            torch.clear_autocast_cache()
+        args, kwargs = _arguments(self._inputs)
+        return self._model(*args, **kwargs)
+
+    def at(self, parameters: dict[str, Tensor]) -> Any:
+        """Call the model at other parameters, with the same random numbers; the model itself stays as it is."""
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        args, kwargs = _arguments(self._inputs)
+        with self._same_random_numbers(), self.same_precision():
+            return torch.func.functional_call(self._model, {**parameters, **buffers}, args, kwargs)
+
+    @contextmanager
+    def same_precision(self) -> Iterator[None]:
+        """Switch autocast to what it was at the first call."""
+        with torch.autocast(self._device.type, dtype=self._autocast_type, enabled=self._autocast):
+            yield
+
+    @contextmanager
+    def _same_random_numbers(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[self._device] if self._random_cuda is not None else []):
+            torch.set_rng_state(self._random)
+            if self._random_cuda is not None:
+                torch.cuda.set_rng_state(self._random_cuda, self._device)
+            yield
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors of inputs or targets: of a tensor, a tuple or a mapping."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else (value,)
+    return [item for item in values if isinstance(item, Tensor)]
+
+
+def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

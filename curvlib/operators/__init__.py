@@ -1,0 +1,46 @@
+"""Symmetric linear operators on R^D: the structures that curvature matrices have. Pure linear algebra.
+
+========================  ========================================================================
+:class:`Identity`       I
+:class:`Diagonal`       diag(v)
+:class:`Dense`          a full matrix
+:class:`BlockDiagonal`  blocks of any kind on disjoint coordinates
+:class:`Kronecker`      F_1 (x) ... (x) F_k
+:class:`KroneckerEigen` (Q_1 (x) ... (x) Q_k) diag(e) (Q_1 (x) ... (x) Q_k)^T
+:class:`LowRank`        U diag(w) U^T + diag(d)
+:class:`MatrixFree`     products alone
+:class:`Scaled`         factor * C
+:class:`Sum`            C_1 + ... + C_n
+:class:`Shifted`        C + shift I
+:class:`CholeskyInverse`  (L L^T)^-1
+========================  ========================================================================
+"""
+
+from curvlib.operators.base import LinearOperator, Scaled, Sum
+from curvlib.operators.block_diagonal import BlockDiagonal
+from curvlib.operators.dense import CholeskyInverse, Dense
+from curvlib.operators.diagonal import Diagonal, Identity, Shifted
+from curvlib.operators.kronecker import Kronecker, KroneckerEigen
+from curvlib.operators.low_rank import LowRank
+from curvlib.operators.matrix_free import MatrixFree
+from curvlib.operators.precision import full_precision
+from curvlib.operators.state import OperatorError, operator_from_state_dict
+
+__all__ = [
+    "BlockDiagonal",
+    "CholeskyInverse",
+    "Dense",
+    "Diagonal",
+    "Identity",
+    "Kronecker",
+    "KroneckerEigen",
+    "LinearOperator",
+    "LowRank",
+    "MatrixFree",
+    "OperatorError",
+    "Scaled",
+    "Shifted",
+    "Sum",
+    "full_precision",
+    "operator_from_state_dict",
+]

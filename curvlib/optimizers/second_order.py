@@ -1,0 +1,273 @@
+"""The second-order optimizer: a composition of a direction, a step rule and a damping control.
+
+Symbols: theta parameters, h objective, g gradient, M quadratic model, lambda damping, rho reduction ratio, d step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlib.approximations import Exact
+from curvlib.matrices import GGN
+from curvlib.objective import Batch, Evaluation, Objective
+from curvlib.operators import full_precision
+from curvlib.optimizers.directions import Direction
+from curvlib.optimizers.situation import Situation
+from curvlib.optimizers.step_rules import Choice, StepRule
+from curvlib.solvers import DampedRatio, DampingControl, DampingState, RatioConvention
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The objective or its gradient is not finite; nothing was changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: h on the batch before the step, the l2 term included.
+        predicted: M(d) - h by the convention of the ratio. Where a line search has shortened the step, ``predicted``
+            and ``ratio`` are those of the whole step, since a short step fits any model.
+        actual: h(theta + d) - h on the same batch, for the step that was taken, or None if it was not needed.
+        ratio: rho, or None if it was not needed.
+        damping: lambda of this step.
+        accepted: whether the parameters were changed.
+        learning_rate: coefficient of the proposal.
+        momentum: coefficient of the last step.
+        iterations: of an iterative solver.
+        gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
+            network; second moments, inverses and their products are not counted.
+    """
+
+    loss: float
+    predicted: float
+    actual: float | None
+    ratio: float | None
+    damping: float
+    accepted: bool
+    learning_rate: float
+    momentum: float
+    iterations: int
+    gradient_evaluations: float
+
+
+class SecondOrderOptimizer(torch.optim.Optimizer):
+    """theta <- theta + d, with d proposed by a curvature, scaled by a step rule and judged by a damping control.
+
+    The parameters are written once, at the end of an accepted step: an error or a rejected step leaves them untouched.
+
+    Args:
+        objective: what to minimise; it brings the model.
+        direction: how a curvature and the damping turn the gradient into a proposal.
+        step_rule: how far to go along it.
+        damping: how the damping follows the reduction ratio.
+        ratio: which model the ratio compares with.
+        seed: of the optimizer's own random generator (label draws, parts of batches).
+
+    Raises:
+        UnsupportedLayerError, ValueError: the objective does not fit one of the parts; named before any computation.
+
+    Example:
+        >>> import curvlib
+        >>> objective = Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss())
+        >>> optimizer = curvlib.optimizers.kfac(objective)
+        >>> batch = torch.randn(64, 3), torch.randn(64, 2)
+        >>> first = optimizer.step(batch)
+        >>> optimizer.step(batch).loss < first.loss
+        True
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        direction: Direction,
+        step_rule: StepRule,
+        damping: DampingControl,
+        ratio: RatioConvention | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(objective, Objective):
+            raise TypeError(f"SecondOrderOptimizer needs a curvlib.Objective, got {type(objective).__name__}.")
+        super().__init__(objective.parameters, {})
+        step_rule.check(objective)
+        self.objective = objective
+        self.step_rule = step_rule
+        self.damping_control = damping
+        self.ratio = ratio if ratio is not None else DampedRatio()
+        self._direction = direction.start(objective)
+        self._direction.description = direction.description()
+        # A control that starts on the scale of the curvature starts with the first batch.
+        self._damping = None if damping.needs_gradient_curvature else damping.start()
+        self._previous: Tensor | None = None
+        self._generator = torch.Generator(objective.layout.device).manual_seed(seed)
+
+    @property
+    def damping(self) -> float | None:
+        """Lambda of the next step; None before the first step where it starts on the scale of the curvature."""
+        return None if self._damping is None else self._damping.damping
+
+    def step(self, batch: Batch) -> StepResult:  # type: ignore[override]
+        """Take one step on a batch ``(inputs, targets)`` and return what it did.
+
+        Raises:
+            NonFiniteLossError: the objective or its gradient is NaN or infinite; parameters and state are unchanged.
+            SolveError: the curvature could not be inverted.
+        """
+        evaluation = self.objective.at(batch)
+        with full_precision(self.objective.layout.device):
+            gradient = self._finite_gradient(evaluation)
+            if not bool(gradient.any()):
+                return self._stationary(evaluation)
+            damping = self._damping
+            if damping is None:
+                damping = self.damping_control.start(gradient_curvature=_curvature_along(gradient, evaluation))
+            return self._step(
+                Situation(self.objective, batch, evaluation, gradient, damping.damping, self._generator), damping
+            )
+
+    def _step(self, situation: Situation, damping: DampingState) -> StepResult:
+        proposal = self._direction.propose(situation)
+        choice = self.step_rule.choose(situation, proposal, self._previous)
+        actual, ratio = self._judge(situation, choice, damping)
+        accepted = choice.learning_rate != 0 and (choice.value is not None or self.damping_control.accept(ratio))
+        result = StepResult(
+            loss=float(situation.evaluation.value),
+            predicted=self.ratio.predicted_change(choice.prediction),
+            actual=actual,
+            ratio=ratio,
+            damping=situation.damping,
+            accepted=accepted,
+            learning_rate=choice.learning_rate,
+            momentum=choice.momentum,
+            iterations=proposal.iterations,
+            gradient_evaluations=situation.work,
+        )
+        if accepted and ratio is None and not bool(choice.step.isfinite().all()):
+            raise NonFiniteLossError(
+                "the proposed step is not finite; the parameters are unchanged. Use more damping or a shorter step."
+            )
+        self._damping = self.damping_control.update(damping, ratio, mean_curvature=proposal.mean_curvature)
+        if accepted:
+            self._previous = choice.step
+            theta = self.objective.parameter_vector()
+            self.objective.layout.write(self.objective.parameters, theta.add_(choice.step))
+        else:
+            self._previous = None
+            self._direction.rejected()
+        return result
+
+    def _finite_gradient(self, evaluation: Evaluation) -> Float[Tensor, " D"]:
+        """Return the gradient; refuse what is not finite before anything changes."""
+        gradient = evaluation.gradient()
+        value, square = torch.stack([evaluation.value, gradient @ gradient]).tolist()
+        if not (isfinite(value) and isfinite(square)):
+            raise NonFiniteLossError(
+                f"the objective is {value} and its gradient has squared norm {square} on this batch; the parameters "
+                "and the optimizer are unchanged. Look for non-finite inputs or targets, or start again from an "
+                "earlier checkpoint with more damping."
+            )
+        return gradient
+
+    def _stationary(self, evaluation: Evaluation) -> StepResult:
+        """Return the result of a batch with a zero gradient, where every proposal is zero."""
+        return StepResult(
+            loss=float(evaluation.value),
+            predicted=0.0,
+            actual=0.0,
+            ratio=None,
+            damping=self.damping if self.damping is not None else 0.0,
+            accepted=False,
+            learning_rate=0.0,
+            momentum=0.0,
+            iterations=0,
+            gradient_evaluations=evaluation.work,
+        )
+
+    def _judge(self, situation: Situation, choice: Choice, damping: DampingState) -> tuple[float | None, float | None]:
+        """Return h(theta + d) - h and the reduction ratio, where they are known or needed."""
+        evaluation = situation.evaluation
+        judged = choice.judged_value if choice.judged_value is not None else choice.value
+        if judged is None and self.damping_control.needs_ratio(damping):
+            judged = float(evaluation.value_at(self.objective.parameter_vector() + choice.step))
+        if judged is None:
+            return None, None
+        before = float(evaluation.value)
+        ratio = self.ratio.ratio(judged - before, choice.prediction, value=before, dtype=evaluation.outputs.dtype)
+        after = choice.value if choice.value is not None else judged
+        return after - before, ratio
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the parameters are those of the objective, all with the same settings."""
+        if hasattr(self, "objective"):
+            raise TypeError(
+                "SecondOrderOptimizer optimises all parameters of its objective together; make a new Objective and a "
+                "new optimizer instead of adding a parameter group."
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "SecondOrderOptimizer cannot be copied or pickled: it belongs to one model. Save state_dict() and load it "
+            "into an optimizer composed in the same way."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, besides the model: a resumed run continues bit for bit."""
+        return {
+            **super().state_dict(),
+            "made_for": self._made_for(),
+            "direction": self._direction.state_dict(),
+            "damping": None if self._damping is None else self._damping.state_dict(),
+            "previous": self._previous,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, for an optimizer composed in the same way and a model of equal shape.
+
+        Raises:
+            ValueError: the state is that of another composition or model, or incomplete; nothing is changed.
+        """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            raise ValueError(f"this is no state of a SecondOrderOptimizer: it lacks {', '.join(sorted(missing))}.")
+        for what, expected in self._made_for().items():
+            came = state_dict["made_for"].get(what)
+            if came != expected:
+                raise ValueError(f"the state was made with another {what}: expected {expected}, got {came}.")
+        damping = state_dict["damping"] and DampingState.from_state_dict(state_dict["damping"])
+        generator = torch.Generator(self.objective.layout.device)
+        try:
+            generator.set_state(state_dict["generator"].cpu())
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"the state of the random generator does not fit this device: {error}") from error
+        self._direction.load_state_dict(state_dict["direction"])  # changes nothing if it raises
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._damping, self._previous, self._generator = damping, state_dict["previous"], generator
+
+    def _made_for(self) -> dict[str, Any]:
+        return {
+            "model": {
+                name: list(shape)
+                for name, shape in zip(self.objective.layout.names, self.objective.layout.shapes, strict=True)
+            },
+            "objective": [type(self.objective.loss).__name__, self.objective.l2, str(self.objective.layout.dtype)],
+            "direction": self._direction.description,
+            "step rule": repr(self.step_rule),
+            "damping control": repr(self.damping_control),
+            "ratio": repr(self.ratio),
+        }
+
+
+def _curvature_along(gradient: Float[Tensor, " D"], evaluation: Evaluation) -> float:
+    """Return g^T C g / g^T g for the exact GGN, by one Jacobian-vector product."""
+    form = Exact(GGN()).estimate(evaluation).quadratic_form(gradient.unsqueeze(1))
+    return float(form / (gradient @ gradient))

@@ -1,0 +1,99 @@
+"""What the parts of an optimizer look at during one step: the batch, its evaluation, and parts of it.
+
+Symbols: N examples of the batch, g the gradient, lambda the damping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlib.objective import Batch, Evaluation, Objective
+from curvlib.output_losses import NoTargetsError
+
+
+@dataclass(eq=False)
+class Situation:
+    """The objective on one batch at the current parameters, during one step.
+
+    Attributes:
+        objective: what is minimised.
+        batch: the batch of the step.
+        evaluation: the objective on the whole batch.
+        gradient: g (D,).
+        damping: lambda of this step.
+        generator: where random choices come from.
+    """
+
+    objective: Objective
+    batch: Batch
+    evaluation: Evaluation
+    gradient: Float[Tensor, " D"]
+    damping: float
+    generator: torch.Generator
+    _parts: list[Evaluation] = field(default_factory=list)
+
+    def part(self, fraction: float, *, linearize: bool) -> Evaluation:
+        """Return the objective on a random part of the batch.
+
+        The whole batch's evaluation, where the part is all of it or holds ignored targets alone.
+
+        Args:
+            fraction: the part, in (0, 1]; at least one example.
+            linearize: whether exact products are going to be asked for.
+        """
+        N = self.evaluation.examples
+        n = max(1, round(fraction * N))
+        if n >= N:
+            return self.evaluation
+        chosen = torch.randperm(N, generator=self.generator, device=self.generator.device)[:n]
+        try:
+            with self.evaluation.same_precision():
+                part = self.objective.at(take(self.batch, chosen, N), linearize=linearize)
+        except NoTargetsError:
+            return self.evaluation
+        except ValueError as error:
+            raise ValueError(
+                f"a random part of the batch ({n} of {N} examples) could not be evaluated: {error} If the loss or the "
+                "inputs hold one value for each example of the whole batch, take all of it (the fraction 1)."
+            ) from error
+        loss = self.objective.loss
+        if not loss.additive and float(loss.batch_weight(part.outputs, part.targets)) == 0:
+            return self.evaluation  # the same on devices where targets are not looked at beforehand
+        self._parts.append(part)
+        return part
+
+    @property
+    def work(self) -> float:
+        """Forward and backward passes of this step so far, in gradients of the whole batch."""
+        return sum(part.work * part.examples for part in (self.evaluation, *self._parts)) / self.evaluation.examples
+
+
+def take(batch: Batch, examples: Tensor, N: int) -> Batch:
+    """Return the chosen examples of a batch: of every tensor in it whose first dimension is N."""
+    inputs, targets = batch
+    return _take(inputs, examples, N), _take(targets, examples, N)
+
+
+def _take(value: Any, examples: Tensor, N: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[examples.to(value.device)] if value.ndim and value.shape[0] == N else value
+    if isinstance(value, Mapping):
+        return {key: _take(item, examples, N) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = (_take(item, examples, N) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # named tuples take arguments
+    return value
+
+
+def check_fraction(owner: str, name: str, fraction: float) -> None:
+    """Raise unless the fraction is a number with 0 < fraction <= 1."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+        raise TypeError(f"{owner} needs {name} to be a number, got {fraction!r}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{owner} needs 0 < {name} <= 1, got {fraction!r}.")

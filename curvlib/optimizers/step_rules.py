@@ -1,0 +1,201 @@
+"""Step rules: how far to go along a proposal.
+
+Symbols: h objective, M its quadratic model, g gradient, Delta proposal, d_prev the last step, d the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import isnan
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlib.approximations import Exact
+from curvlib.matrices import GGN, CurvatureMatrix
+from curvlib.objective import Objective
+from curvlib.optimizers.directions import Proposal
+from curvlib.optimizers.situation import Situation, check_fraction
+from curvlib.solvers import Prediction, QuadraticModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """The step to take.
+
+    Attributes:
+        step: d (D,).
+        prediction: M(d) - M(0), with and without damping.
+        learning_rate: coefficient of the proposal.
+        momentum: coefficient of the last step.
+        value: h at theta + d, if the rule has made sure that it falls: the step is taken, whatever the ratio.
+        judged_value: h at the step that the prediction is of, where that is another one than d.
+    """
+
+    step: Float[Tensor, " D"]
+    prediction: Prediction
+    learning_rate: float
+    momentum: float = 0.0
+    value: float | None = None
+    judged_value: float | None = None
+
+
+class StepRule(ABC):
+    """A frozen configuration of a way to choose the step from a proposal."""
+
+    def check(self, objective: Objective) -> None:  # noqa: B027 - most rules accept every objective
+        """Refuse an objective that the rule cannot treat, before any computation."""
+
+    @abstractmethod
+    def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
+        """Return the step.
+
+        Args:
+            situation: the objective on the batch.
+            proposal: what the direction gave.
+            previous: d_prev, or None before the first step and after a rejected one.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRescaling(StepRule):
+    """d = alpha Delta + mu d_prev, the minimum of the quadratic model with the exact matrix over both coefficients.
+
+    Martens & Grosse 2015, sec. 6.4 and 7. It costs two Jacobian-vector products on a part of the batch.
+
+    Args:
+        matrix: the exact curvature of the model.
+        fraction: part of the batch that the model's quadratic form is computed on (tau_2).
+        momentum: whether d_prev takes part.
+    """
+
+    matrix: CurvatureMatrix = field(default_factory=GGN)
+    fraction: float = 1 / 4
+    momentum: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.matrix, CurvatureMatrix):
+            raise TypeError(f"ModelRescaling needs a curvature matrix such as GGN(), got {self.matrix!r}.")
+        check_fraction("ModelRescaling", "fraction", self.fraction)
+
+    def check(self, objective: Objective) -> None:
+        """Refuse a part of the batch for a loss that is a sum."""
+        if self.fraction < 1 and objective.loss.additive:
+            raise ValueError(
+                f"ModelRescaling cannot use a part of the batch (fraction={self.fraction}) for a loss with "
+                "reduction='sum': use reduction='mean', or the fraction 1 (model_fraction in the preset)."
+            )
+
+    def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
+        """Return the best combination of the proposal and the last step."""
+        evaluation = situation.part(self.fraction, linearize=True)
+        proposals = [proposal.step] if previous is None or not self.momentum else [proposal.step, previous]
+        model = QuadraticModel(
+            value=situation.evaluation.value,
+            gradient=situation.gradient,
+            curvature=Exact(self.matrix).estimate(evaluation, situation.generator),
+            damping=situation.damping,
+        )
+        best = model.minimise_over(torch.stack(proposals).T)  # each column contiguous, as products want them
+        alpha, *mu = best.coefficients.tolist()
+        return Choice(step=best.step, prediction=best.prediction, learning_rate=alpha, momentum=mu[0] if mu else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedLength(StepRule):
+    """d = alpha Delta + mu d_prev with fixed coefficients; the prediction is that of the proposal's own curvature.
+
+    Args:
+        learning_rate: alpha.
+        momentum: mu, in [0, 1).
+    """
+
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"FixedLength needs learning_rate > 0, got {self.learning_rate!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"FixedLength needs 0 <= momentum < 1, got {self.momentum!r}.")
+
+    def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
+        """Return the combination with the fixed coefficients."""
+        step = self.learning_rate * proposal.step
+        if previous is not None and self.momentum > 0:
+            step = step + self.momentum * previous
+        return Choice(
+            step=step,
+            prediction=_model(situation, proposal).predict(step),
+            learning_rate=self.learning_rate,
+            momentum=self.momentum if previous is not None else 0.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BacktrackingLineSearch(StepRule):
+    """Backtrack over the solver's iterates while h falls, then shorten the step until it falls enough (Martens 2010).
+
+    First the stored iterates from the last to the first, as long as each has a lower h than the one after it; then
+    t = 1, r, r^2, ... until h(theta + t d) <= h(theta) + c t g^T d (Armijo). h is that of the step's batch.
+
+    Args:
+        shrink: r.
+        sufficient: c.
+        max_trials: of the line search; after them the step is 0.
+    """
+
+    shrink: float = 0.8
+    sufficient: float = 1e-2
+    max_trials: int = 60
+
+    def __post_init__(self) -> None:
+        if not (0 < self.shrink < 1 and 0 < self.sufficient < 1 and self.max_trials >= 1):
+            raise ValueError(
+                f"BacktrackingLineSearch needs 0 < shrink, sufficient < 1 and max_trials >= 1, got {self}."
+            )
+
+    def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
+        """Return the step of the best iterate, shortened as far as needed."""
+        theta = situation.objective.parameter_vector()
+
+        def value_at(step: Tensor) -> float:
+            return float(situation.evaluation.value_at(theta + step))
+
+        step, value = _backtrack(value_at, proposal)
+        # rho compares the whole step with the model, before the line search: a short step fits any model
+        prediction = _model(situation, proposal).predict(step)
+        start, slope = float(situation.evaluation.value), float(situation.gradient @ step)
+        judged, rate = value, 1.0
+        for _ in range(self.max_trials if slope < 0 else 0):
+            if value <= start + self.sufficient * rate * slope:
+                break
+            rate *= self.shrink
+            value = value_at(rate * step)
+        else:
+            rate, value = 0.0, start
+        return Choice(step=rate * step, prediction=prediction, learning_rate=rate, value=value, judged_value=judged)
+
+
+def _backtrack(value_at: Callable[[Tensor], float], proposal: Proposal) -> tuple[Tensor, float]:
+    step, value = proposal.step, value_at(proposal.step)
+    for candidate in reversed(proposal.candidates):
+        if torch.equal(candidate, step):
+            continue
+        earlier = value_at(candidate)
+        if not (earlier < value or isnan(value)):
+            break
+        step, value = candidate, earlier
+    return step, value
+
+
+def _model(situation: Situation, proposal: Proposal) -> QuadraticModel:
+    return QuadraticModel(
+        value=situation.evaluation.value,
+        gradient=situation.gradient,
+        curvature=proposal.operator,
+        damping=situation.damping,
+    )

@@ -1,0 +1,69 @@
+"""Solvers: how (C + damping I)^-1 is applied, how a quadratic model is minimised, how the damping adapts."""
+
+from curvlib.solvers.cg import CG, CGInverse
+from curvlib.solvers.damping import ConstantDamping, DampingControl, DampingState, LevenbergMarquardt
+from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeFloor, RelativeStart
+from curvlib.solvers.errors import SolveError
+from curvlib.solvers.factored_tikhonov import Balance, FactoredTikhonov, FixedPi, TraceNormPi, UnitPi
+from curvlib.solvers.inverse import damped_inverse, eigendecompose
+from curvlib.solvers.quadratic_model import (
+    DampedRatio,
+    Prediction,
+    QuadraticModel,
+    RatioConvention,
+    Rescaling,
+    UndampedRatio,
+)
+from curvlib.solvers.reduction import reduction_ratio
+from curvlib.solvers.solution import (
+    ConvergenceWarning,
+    IterateGrid,
+    LimitAction,
+    Progress,
+    ProgressTest,
+    RaiseAtLimit,
+    ResidualTest,
+    Solution,
+    Status,
+    StoppingRule,
+    WarnAtLimit,
+)
+
+__all__ = [
+    "CG",
+    "AbsoluteFloor",
+    "Balance",
+    "CGInverse",
+    "ConstantDamping",
+    "ConvergenceWarning",
+    "DampedRatio",
+    "DampingControl",
+    "DampingFloor",
+    "DampingState",
+    "FactoredTikhonov",
+    "FixedPi",
+    "IterateGrid",
+    "LevenbergMarquardt",
+    "LimitAction",
+    "Prediction",
+    "Progress",
+    "ProgressTest",
+    "QuadraticModel",
+    "RaiseAtLimit",
+    "RatioConvention",
+    "RelativeFloor",
+    "RelativeStart",
+    "Rescaling",
+    "ResidualTest",
+    "Solution",
+    "SolveError",
+    "Status",
+    "StoppingRule",
+    "TraceNormPi",
+    "UndampedRatio",
+    "UnitPi",
+    "WarnAtLimit",
+    "damped_inverse",
+    "eigendecompose",
+    "reduction_ratio",
+]

@@ -1,0 +1,251 @@
+"""How the damping follows the quality of the quadratic model.
+
+Symbols:
+    h                     the objective, M its quadratic model, d a step
+    rho                   reduction ratio (h(theta + d) - h(theta)) / (M(d) - M(0)); 1 where the model is exact
+    lambda                the damping, in the units of the curvature matrix
+    trace(C) / D          the mean curvature, the scale of the curvature matrix
+
+A control is a frozen configuration, its state a value: ``state = control.update(state, rho)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import inf, isfinite, isnan
+
+from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeStart, checked_damping
+
+
+@dataclass(frozen=True, kw_only=True)
+class DampingState:
+    """What a damping control knows; a value, with a dictionary form for checkpoints.
+
+    Attributes:
+        damping: lambda for the next step.
+        step: how many steps have been judged.
+        rejected: how many of them were undone.
+    """
+
+    damping: float
+    step: int = 0
+    rejected: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "damping", checked_damping(self.damping))
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Return the fields as plain numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, float | int]) -> DampingState:
+        """Return the state that :meth:`state_dict` described.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        expected = {entry.name for entry in fields(cls)}
+        if set(state) != expected:
+            raise ValueError(f"A damping state has the entries {sorted(expected)}, got {sorted(state)}.")
+        return cls(damping=float(state["damping"]), step=int(state["step"]), rejected=int(state["rejected"]))
+
+
+class DampingControl(ABC):
+    """Chooses the damping of each step. A third party's control gives :meth:`start` and :meth:`update`."""
+
+    @property
+    def needs_gradient_curvature(self) -> bool:
+        """Whether :meth:`start` looks at the curvature along the gradient, which costs a Jacobian-vector product."""
+        return False
+
+    @abstractmethod
+    def start(self, *, gradient_curvature: float | None = None) -> DampingState:
+        """Return the state before the first step.
+
+        Args:
+            gradient_curvature: g^T C g / g^T g at the first batch, for controls that start on the curvature's scale.
+        """
+
+    @abstractmethod
+    def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
+        """Return the state after a step.
+
+        Args:
+            state: the state that the step was made with.
+            ratio: its reduction ratio, None where it was not computed because :meth:`needs_ratio` said so.
+            mean_curvature: trace(C) / D, for controls that follow the scale of the curvature.
+        """
+
+    def needs_ratio(self, state: DampingState) -> bool:
+        """Return whether the next update looks at the ratio, which costs an evaluation of the objective."""
+        return True
+
+    def accept(self, ratio: float | None) -> bool:
+        """Return whether a step of this ratio stays; False asks for it to be undone. Default: always."""
+        return True
+
+
+@dataclass(frozen=True)
+class ConstantDamping(DampingControl):
+    """The same damping at every step; every step stays.
+
+    Args:
+        value: the damping.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        checked_damping(self.value, "ConstantDamping(value=...)")
+
+    def start(self, *, gradient_curvature: float | None = None) -> DampingState:
+        """Return the state before the first step."""
+        return DampingState(damping=self.value)
+
+    def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
+        """Count the step."""
+        return DampingState(damping=self.value, step=state.step + 1, rejected=state.rejected)
+
+    def needs_ratio(self, state: DampingState) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevenbergMarquardt(DampingControl):
+    r"""Less damping where the model predicts well, more where it predicts badly.
+
+    Every ``interval`` steps:
+
+    .. math:: \rho > \text{high}: \lambda \leftarrow \text{decrease} \cdot \lambda, \qquad
+        \rho < \text{low} \text{ or not finite}: \lambda \leftarrow \text{increase} \cdot \lambda
+
+    Martens & Grosse (2015), section 6.5; More (1978). Departure: a rejected step raises the damping at once, whatever
+    the interval, since the same step would otherwise be proposed again.
+
+    Args:
+        initial: lambda of the first step, a number or a :class:`RelativeStart`.
+        decrease: factor after a good step, in (0, 1].
+        increase: factor after a bad step, at least 1.
+        low: a ratio below is bad.
+        high: a ratio above is good.
+        interval: steps from one adaptation to the next.
+        floor: the least damping, :class:`AbsoluteFloor` or :class:`RelativeFloor`.
+        ceiling: the most damping; it yields to the floor.
+        reject_below: a step whose ratio is below is to be undone, so is one of ratio NaN. 0 rejects the steps that
+            raise the objective, -inf none but those of ratio NaN.
+
+    Example:
+        >>> control = LevenbergMarquardt(initial=1.0, decrease=0.5, increase=2.0, interval=1)
+        >>> state = control.update(control.start(), 0.9)
+        >>> state.damping, control.update(state, -0.2).damping, control.accept(-0.2)
+        (0.5, 1.0, False)
+    """
+
+    initial: float | RelativeStart = 1.0
+    decrease: float = 0.95**5
+    increase: float = 0.95**-5
+    low: float = 0.25
+    high: float = 0.75
+    interval: int = 5
+    floor: DampingFloor = field(default_factory=AbsoluteFloor)
+    ceiling: float = 1e12
+    reject_below: float = 0.0
+
+    @classmethod
+    def martens_grosse(cls, *, initial: float | RelativeStart = 150.0, interval: int = 5) -> LevenbergMarquardt:
+        """Return the settings of the K-FAC paper: omega = (19/20)^T1 every T1 = 5 steps, no floor, no step undone.
+
+        Martens & Grosse (2015), section 6.5, lambda_0 = 150 as for its auto-encoders. The paper's ratio uses the
+        damped model.
+        """
+        omega = (19 / 20) ** interval
+        return cls(
+            initial=initial,
+            decrease=omega,
+            increase=1 / omega,
+            interval=interval,
+            floor=AbsoluteFloor(),
+            reject_below=-inf,
+        )
+
+    @classmethod
+    def martens(cls, *, initial: float | RelativeStart = 1.0) -> LevenbergMarquardt:
+        """Return the settings of Hessian-free optimisation: 2/3 and 3/2 at every step; worse steps are undone.
+
+        Martens (2010), section 4.1. lambda_0 depends on the problem (0.1 in the recurrent experiments of Martens &
+        Sutskever 2011). The released MATLAB code takes the undamped model in the ratio, the code for recurrent networks
+        the damped one.
+        """
+        return cls(initial=initial, decrease=2 / 3, increase=3 / 2, interval=1, floor=AbsoluteFloor(), reject_below=0.0)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.initial, RelativeStart) and not checked_damping(
+            self.initial, "LevenbergMarquardt(initial=...)"
+        ):
+            raise ValueError(
+                "LevenbergMarquardt(initial=0) would stay 0, as the damping is multiplied: give a number > 0, or "
+                "ConstantDamping(0.0)."
+            )
+        if not isinstance(self.floor, DampingFloor):
+            raise TypeError(
+                f"LevenbergMarquardt(floor=...) must be a DampingFloor such as AbsoluteFloor(0.1), got {self.floor!r}."
+            )
+        if not 0 < self.decrease <= 1:
+            raise ValueError(f"LevenbergMarquardt(decrease=...) must lie in (0, 1], got {self.decrease!r}.")
+        if not (isfinite(self.increase) and self.increase >= 1):
+            raise ValueError(f"LevenbergMarquardt(increase=...) must be a finite number >= 1, got {self.increase!r}.")
+        if not self.low <= self.high:
+            raise ValueError(f"LevenbergMarquardt needs low <= high, got low={self.low!r}, high={self.high!r}.")
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(f"LevenbergMarquardt(interval=...) must be an integer >= 1, got {self.interval!r}.")
+        if not (isfinite(self.ceiling) and self.ceiling > 0):
+            raise ValueError(f"LevenbergMarquardt(ceiling=...) must be a finite number > 0, got {self.ceiling!r}.")
+        if isnan(self.reject_below):
+            raise ValueError("LevenbergMarquardt(reject_below=...) must be a number or -inf, got NaN.")
+
+    @property
+    def needs_gradient_curvature(self) -> bool:
+        """Whether the first damping is relative to it."""
+        return isinstance(self.initial, RelativeStart)
+
+    def start(self, *, gradient_curvature: float | None = None) -> DampingState:
+        """Return the state before the first step."""
+        if isinstance(self.initial, RelativeStart):
+            return DampingState(damping=self.initial.damping(gradient_curvature))
+        return DampingState(damping=self.initial)
+
+    def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
+        """Return the state after a step of this ratio.
+
+        Raises:
+            ValueError: the ratio is None although :meth:`needs_ratio`, or the floor needs the mean curvature.
+        """
+        if ratio is None and self.needs_ratio(state):
+            raise ValueError("LevenbergMarquardt.update needs the reduction ratio at this step, got None.")
+        rejected = not self.accept(ratio)
+        damping = state.damping
+        if ratio is not None and (rejected or self._adapts(state)):
+            damping *= self._factor(ratio)
+        # Above the ceiling only where the floor is: too little damping diverges, too much is merely slow.
+        damping = max(min(damping, self.ceiling), self.floor.least(mean_curvature))
+        return DampingState(damping=damping, step=state.step + 1, rejected=state.rejected + rejected)
+
+    def needs_ratio(self, state: DampingState) -> bool:
+        """Return whether the step is one that adapts the damping, or may be rejected."""
+        return self._adapts(state) or self.reject_below > -inf
+
+    def accept(self, ratio: float | None) -> bool:
+        """Return whether a step of this ratio stays; one whose ratio was not computed does."""
+        return ratio is None or ratio >= self.reject_below
+
+    def _adapts(self, state: DampingState) -> bool:
+        return (state.step + 1) % self.interval == 0
+
+    def _factor(self, ratio: float) -> float:
+        if not isfinite(ratio) or ratio < self.low or not self.accept(ratio):
+            return self.increase
+        return self.decrease if ratio > self.high else 1.0

@@ -1,0 +1,268 @@
+"""One random operator of every structure, each beside the dense matrix that it must equal, made by another way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvlib.operators import (
+    BlockDiagonal,
+    CholeskyInverse,
+    Dense,
+    Diagonal,
+    Identity,
+    Kronecker,
+    KroneckerEigen,
+    LinearOperator,
+    LowRank,
+    MatrixFree,
+    Scaled,
+    Shifted,
+    Sum,
+)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers from one seed, always made on the CPU so that every device gets the same ones.
+
+    ``definite`` asks for positive semi-definite matrices; otherwise they are indefinite.
+    """
+
+    generator: torch.Generator
+    device: torch.device
+    definite: bool
+    dtype: torch.dtype = torch.float64
+
+    def integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator).to(self.device)
+
+    def values(self, *shape: int) -> Tensor:
+        return self.normal(*shape).square() if self.definite else self.normal(*shape)
+
+    def symmetric(self, n: int) -> Tensor:
+        B = self.normal(n, n)
+        return B @ B.T / n if self.definite else (B + B.T) / 2
+
+    def orthogonal(self, n: int) -> Tensor:
+        return torch.linalg.qr(self.normal(n, n)).Q
+
+    def factor(self) -> float:
+        return 0.1 + abs(float(self.normal(1))) if self.definite else float(self.normal(1))
+
+
+def draw(seed: int, device: torch.device, definite: bool = True, dtype: torch.dtype = torch.float64) -> Draw:
+    return Draw(torch.Generator().manual_seed(seed), device, definite, dtype)
+
+
+def _matrix_of(parts: list[tuple[Tensor, Tensor]], size: int) -> Tensor:
+    """Embed matrices at coordinates, entry by entry."""
+    dense = parts[0][0].new_zeros(size, size)
+    for matrix, index in parts:
+        for i, row in enumerate(index.tolist()):
+            for j, column in enumerate(index.tolist()):
+                dense[row, column] = matrix[i, j]
+    return dense
+
+
+def _kron(*matrices: Tensor) -> Tensor:
+    """Kronecker product by its definition: block (i, j) is a_ij B."""
+    result = matrices[0]
+    for B in matrices[1:]:
+        rows = [torch.cat([result[i, j] * B for j in range(len(result))], dim=1) for i in range(len(result))]
+        result = torch.cat(rows)
+    return result
+
+
+def identity(d: Draw):
+    n = d.integer(1, 7)
+    return Identity(n, d.dtype, d.device), torch.eye(n, dtype=d.dtype, device=d.device)
+
+
+def diagonal(d: Draw):
+    v = d.values(d.integer(1, 7))
+    return Diagonal(v), torch.diag(v)
+
+
+def dense(d: Draw):
+    M = d.symmetric(d.integer(1, 7))
+    return Dense(M), M
+
+
+def scaled(d: Draw):
+    M, c = d.symmetric(d.integer(1, 6)), d.factor()
+    return Scaled(c, Dense(M)), c * M
+
+
+def scaled_matrix_free(d: Draw):
+    M, c = d.symmetric(d.integer(1, 6)), d.factor()
+    return Scaled(c, MatrixFree(lambda V: M @ V, len(M), d.dtype, d.device)), c * M
+
+
+def shifted(d: Draw):
+    M, c = d.symmetric(d.integer(1, 6)), d.factor()
+    return Shifted(Dense(M), c), M + c * torch.eye(len(M), dtype=d.dtype, device=d.device)
+
+
+def sum_of_kronecker_and_diagonal(d: Draw):
+    G, A = d.symmetric(d.integer(1, 3)), d.symmetric(d.integer(1, 3))
+    v = d.values(len(G) * len(A))
+    return Kronecker((G, A)) + Diagonal(v), _kron(G, A) + torch.diag(v)
+
+
+def sum_of_everything_that_merges(d: Draw):
+    M, N = d.symmetric(4), d.symmetric(4)
+    v, c = d.values(4), d.factor()
+    terms = (Dense(M), Scaled(c, Dense(N)), Sum((Diagonal(v), Identity(4, d.dtype, d.device))))
+    return Sum(terms), M + c * N + torch.diag(v) + torch.eye(4, dtype=d.dtype, device=d.device)
+
+
+def sum_of_low_rank_and_identity(d: Draw):
+    U, w, v = d.normal(5, 2), d.values(2), d.values(5)
+    low_rank = LowRank(U, w, torch.zeros_like(v))
+    eye = torch.eye(5, dtype=d.dtype, device=d.device)
+    return 2.0 * low_rank + Diagonal(v) + 0.5 * Identity(5, d.dtype, d.device), (
+        2.0 * (U * w) @ U.T + torch.diag(v) + 0.5 * eye
+    )
+
+
+def block_diagonal(d: Draw):
+    """Blocks of several kinds: consecutive, permuted, and missing coordinates."""
+    G, A, M = d.symmetric(2), d.symmetric(d.integer(1, 2)), d.symmetric(d.integer(1, 3))
+    v = d.values(2)
+    free = MatrixFree(lambda V: M @ V, len(M), d.dtype, d.device)
+    blocks = (Kronecker((G, A)), free, Diagonal(v))
+    covered = sum(block.size for block in blocks)
+    size = covered + d.integer(0, 2)
+    order = d.permutation(covered - 2) + 2
+    ends = (2 * len(A), covered - 2)
+    coordinates = (order[: ends[0]], order[ends[0] : ends[1]], torch.arange(2, device=d.device))
+    parts = zip((_kron(G, A), M, torch.diag(v)), coordinates, strict=True)
+    return BlockDiagonal(blocks, coordinates, size), _matrix_of(list(parts), size)
+
+
+def block_diagonal_of_structures(d: Draw):
+    M, v = d.symmetric(3), d.values(2)
+    coordinates = (torch.tensor([4, 0, 2], device=d.device), torch.tensor([1, 3], device=d.device))
+    return BlockDiagonal((Dense(M), Diagonal(v)), coordinates, 5), _matrix_of(
+        [(M, coordinates[0]), (torch.diag(v), coordinates[1])], 5
+    )
+
+
+def kronecker(d: Draw):
+    G, A = d.symmetric(d.integer(1, 4)), d.symmetric(d.integer(1, 4))
+    return Kronecker((G, A)), _kron(G, A)
+
+
+def kronecker_of_one(d: Draw):
+    M = d.symmetric(d.integer(1, 4))
+    return Kronecker((M,)), M
+
+
+def kronecker_of_three(d: Draw):
+    v, M, c = d.values(d.integer(1, 3)), d.symmetric(d.integer(1, 3)), d.factor()
+    eye = torch.eye(2, dtype=d.dtype, device=d.device)
+    factors = (Diagonal(v), Scaled(c, Dense(M)), Identity(2, d.dtype, d.device))
+    return Kronecker(factors), _kron(torch.diag(v), c * M, eye)
+
+
+def kronecker_of_any(d: Draw):
+    """Factors without an apply_along of their own, and a nested product."""
+    M, G, A = d.symmetric(2), d.symmetric(2), d.symmetric(3)
+    c = d.factor()
+    factors = (MatrixFree(lambda V: M @ V, 2, d.dtype, d.device), Kronecker((G, Shifted(Dense(A), c))))
+    return Kronecker(factors), _kron(M, G, A + c * torch.eye(3, dtype=d.dtype, device=d.device))
+
+
+def kronecker_eigen(d: Draw):
+    sizes = [d.integer(1, 4), d.integer(1, 4)]
+    Q, R = (d.orthogonal(n) for n in sizes)
+    e, basis = d.values(*sizes), _kron(Q, R)
+    return KroneckerEigen((Q, R), e), basis @ torch.diag(e.reshape(-1)) @ basis.T
+
+
+def kronecker_eigen_with_identity(d: Draw):
+    Q, e = d.orthogonal(3), d.values(2, 3, 2)
+    eye = torch.eye(2, dtype=d.dtype, device=d.device)
+    basis = _kron(eye, Q, eye)
+    return KroneckerEigen((None, Q, None), e), basis @ torch.diag(e.reshape(-1)) @ basis.T
+
+
+def low_rank(d: Draw):
+    n, r = d.integer(1, 6), d.integer(0, 7)
+    U, w, v = d.normal(n, r), d.values(r), d.values(n)
+    return LowRank(U, w, v), U @ torch.diag(w) @ U.T + torch.diag(v)
+
+
+def low_rank_alone(d: Draw):
+    n, r = d.integer(1, 6), d.integer(1, 7)
+    U, w = d.normal(n, r), d.values(r)
+    return LowRank(U, w, torch.zeros_like(U[:, 0])), U @ torch.diag(w) @ U.T
+
+
+def matrix_free(d: Draw):
+    M = d.symmetric(d.integer(1, 6))
+    return MatrixFree(lambda V: M @ V, len(M), d.dtype, d.device), M
+
+
+def matrix_free_with_form(d: Draw):
+    M = d.symmetric(d.integer(1, 6))
+    return MatrixFree(lambda V: M @ V, len(M), d.dtype, d.device, quadratic_form=lambda V: V.T @ M @ V), M
+
+
+def cholesky_inverse(d: Draw):
+    B = d.normal(d.integer(1, 5), 6)
+    M = B @ B.T + torch.eye(len(B), dtype=d.dtype, device=d.device)
+    return CholeskyInverse(torch.linalg.cholesky(M)), torch.linalg.inv(M)
+
+
+CASES: dict[str, Callable[[Draw], tuple[LinearOperator, Tensor]]] = {
+    case.__name__: case
+    for case in (
+        identity,
+        diagonal,
+        dense,
+        scaled,
+        scaled_matrix_free,
+        shifted,
+        sum_of_kronecker_and_diagonal,
+        sum_of_everything_that_merges,
+        sum_of_low_rank_and_identity,
+        block_diagonal,
+        block_diagonal_of_structures,
+        kronecker,
+        kronecker_of_one,
+        kronecker_of_three,
+        kronecker_of_any,
+        kronecker_eigen,
+        kronecker_eigen_with_identity,
+        low_rank,
+        low_rank_alone,
+        matrix_free,
+        matrix_free_with_form,
+        cholesky_inverse,
+    )
+}
+
+
+def close(actual: Tensor, expected: Tensor, scale: Tensor | float = 1.0, tolerance: float = 1e-12) -> None:
+    """Assert that the difference is small beside the largest entry of ``expected`` and beside ``scale``."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert actual.dtype == expected.dtype
+    assert actual.device.type == expected.device.type
+    bound = tolerance * max(float(torch.as_tensor(scale)), float(expected.abs().max()) if expected.numel() else 0.0)
+    difference = float((actual - expected).abs().max()) if expected.numel() else 0.0
+    assert difference <= bound, f"difference {difference:.3g} above {bound:.3g}\n{actual}\n{expected}"
+
+
+def subclasses(cls: type = LinearOperator) -> set[type]:
+    """Return every operator class that curvlib.operators defines."""
+    found = {cls} | {sub for child in cls.__subclasses__() for sub in subclasses(child)}
+    return {sub for sub in found - {LinearOperator} if sub.__module__.startswith("curvlib.operators")}

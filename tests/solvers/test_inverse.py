@@ -1,0 +1,532 @@
+"""damped_inverse and eigendecompose: every operator against the dense inverse, and the ways to fail."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operator_cases import CASES, close, draw
+
+from curvlib.operators import (
+    BlockDiagonal,
+    CholeskyInverse,
+    Dense,
+    Diagonal,
+    Identity,
+    Kronecker,
+    KroneckerEigen,
+    LinearOperator,
+    LowRank,
+    MatrixFree,
+    Scaled,
+    Shifted,
+    Sum,
+)
+from curvlib.solvers.cg import CGInverse
+from curvlib.solvers.errors import SolveError
+from curvlib.solvers.inverse import damped_inverse, eigendecompose
+
+seeds = st.integers(0, 2**32 - 1)
+dampings = st.sampled_from([0.05, 0.7, 3.0])
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+few = settings(max_examples=10, suppress_health_check=list(HealthCheck))
+CPU = torch.device("cpu")
+
+# Their products run conjugate gradients, to a relative residual of 1e-10; all others are direct.
+BY_CG = {
+    "scaled_matrix_free",
+    "sum_of_kronecker_and_diagonal",
+    "block_diagonal",
+    "matrix_free",
+    "matrix_free_with_form",
+}
+
+
+def contains_cg(operator):
+    parts = getattr(operator, "blocks", None) or [getattr(operator, "operator", None)]
+    return isinstance(operator, CGInverse) or any(contains_cg(part) for part in parts if part is not None)
+
+
+def dense_inverse(M, damping):
+    return torch.linalg.inv(M + damping * torch.eye(len(M), dtype=M.dtype, device=M.device))
+
+
+@cases
+@few
+@given(seed=seeds, damping=dampings)
+def test_damped_inverse_equals_the_dense_inverse(case, device, seed, damping):
+    d = draw(seed, device)
+    C, M = case(d)
+    inverse = damped_inverse(C, damping)
+    b = d.normal(C.size, 2)
+    expected = dense_inverse(M, damping)
+    tolerance = 1e-8 if case.__name__ in BY_CG else 1e-10
+    close(inverse @ b, expected @ b, 1.0 / damping, tolerance)
+    close(inverse @ b[:, 0], expected @ b[:, 0], 1.0 / damping, tolerance)
+    assert contains_cg(inverse) == (case.__name__ in BY_CG)
+
+
+@cases
+@few
+@given(seed=seeds, margin=dampings)
+def test_an_indefinite_operator_is_inverted_once_the_damping_covers_it(case, device, seed, margin):
+    C, M = case(draw(seed, device, definite=False))
+    lowest = float(torch.linalg.eigvalsh(M).min())
+    damping = max(0.0, -lowest) + margin
+    b = torch.ones(C.size, dtype=C.dtype, device=device)
+    close(damped_inverse(C, damping) @ b, dense_inverse(M, damping) @ b, 1.0 / margin, 1e-8)
+
+
+@cases
+@few
+@given(seed=seeds)
+def test_an_indefinite_matrix_is_refused(case, device, seed):
+    C, M = case(draw(seed, device, definite=False))
+    lowest = float(torch.linalg.eigvalsh(M).min())
+    if lowest < -0.1:
+        # A right-hand side with a part along every eigenvector, so that conjugate gradients meet the negative one.
+        b = torch.linalg.eigh(M).eigenvectors.sum(1)
+        with pytest.raises(SolveError):
+            damped_inverse(C, -lowest / 2) @ b
+
+
+@cases
+@few
+@given(seed=seeds, damping=dampings, other=dampings)
+def test_a_new_damping_after_eigendecompose_equals_a_fresh_inverse(case, device, seed, damping, other):
+    d = draw(seed, device)
+    C, M = case(d)
+    E = eigendecompose(C)
+    close(E.to_dense(), M, 1.0, 1e-11)
+    b = d.normal(C.size, 2)
+    for value in (damping, other):
+        inverse = damped_inverse(E, value)
+        assert not contains_cg(inverse)
+        close(inverse @ b, dense_inverse(M, value) @ b, 1.0 / value, 1e-10)
+
+
+@cases
+@few
+@given(seed=seeds)
+def test_eigendecompose_of_an_indefinite_operator_keeps_its_sign(case, device, seed):
+    C, M = case(draw(seed, device, definite=False))
+    close(eigendecompose(C).to_dense(), M, 1.0, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("identity", Identity),
+        ("diagonal", Diagonal),
+        ("dense", KroneckerEigen),
+        ("scaled", KroneckerEigen),
+        ("scaled_matrix_free", KroneckerEigen),
+        ("shifted", KroneckerEigen),
+        ("sum_of_everything_that_merges", KroneckerEigen),
+        ("kronecker", KroneckerEigen),
+        ("kronecker_of_three", KroneckerEigen),
+        ("kronecker_of_any", KroneckerEigen),
+        ("low_rank", LowRank),
+        ("matrix_free", KroneckerEigen),
+    ],
+)
+def test_eigendecompose_keeps_the_structure_in_which_a_new_damping_is_cheap(name, expected):
+    assert type(eigendecompose(CASES[name](draw(2, CPU))[0])) is expected
+
+
+def test_structures_of_inverses():
+    d = draw(0, CPU)
+    assert type(damped_inverse(Dense(d.symmetric(3)), 1.0)) is CholeskyInverse
+    assert type(damped_inverse(Kronecker((d.symmetric(3), d.symmetric(2))), 1.0)) is KroneckerEigen
+    assert type(damped_inverse(LowRank(d.normal(5, 2), d.values(2), d.values(5)), 1.0)) is LowRank
+    assert type(damped_inverse(Sum((Diagonal(d.values(3)), Identity(3, d.dtype))), 1.0)) is Diagonal
+    kronecker = Kronecker((d.symmetric(3), d.symmetric(2)))
+    assert type(damped_inverse(kronecker + 2.0 * Identity(6, d.dtype), 1.0)) is KroneckerEigen
+    low_rank = LowRank(d.normal(5, 2), d.values(2), d.values(5))
+    assert type(damped_inverse(3.0 * low_rank + Diagonal(d.values(5)), 1.0)) is LowRank
+
+
+def test_a_kronecker_basis_has_no_matrix_for_a_diagonal_factor():
+    C = eigendecompose(Kronecker((Diagonal(torch.tensor([1.0, 2.0])), torch.eye(3), Identity(2))))
+    assert [basis is None for basis in C.bases] == [True, False, True]
+
+
+class TestKroneckerIdentities:
+    """Properties of products of factors, by the structured operators alone."""
+
+    @given(seed=seeds)
+    @settings(max_examples=25)
+    def test_mixed_product(self, seed):
+        d = draw(seed, CPU, definite=False)
+        A, B, C, D = d.symmetric(3), d.symmetric(2), d.symmetric(3), d.symmetric(2)
+        V = d.normal(6, 2)
+        close(Kronecker((A, B)) @ (Kronecker((C, D)) @ V), torch.kron(A @ C, B @ D) @ V, 1.0, 1e-11)
+
+    @given(seed=seeds)
+    @settings(max_examples=25)
+    def test_inverse_of_the_product_is_the_product_of_inverses(self, seed):
+        d = draw(seed, CPU)
+        A, B = (d.symmetric(n) + 0.1 * torch.eye(n, dtype=d.dtype) for n in (3, 2))
+        expected = Kronecker(
+            (Dense(damped_inverse(Dense(A), 0.0).to_dense()), Dense(damped_inverse(Dense(B), 0.0).to_dense()))
+        )
+        close(damped_inverse(Kronecker((A, B)), 0.0).to_dense(), expected.to_dense(), 1.0, 1e-9)
+
+    @given(seed=seeds)
+    @settings(max_examples=25)
+    def test_symmetry_trace_and_determinant(self, seed):
+        d = draw(seed, CPU)
+        A, B = (d.symmetric(n) + 0.1 * torch.eye(n, dtype=d.dtype) for n in (3, 2))
+        C = Kronecker((A, B))
+        close(C.to_dense(), C.to_dense().T)
+        close(C.trace(), A.trace() * B.trace())
+        close(C.logdet(), 2 * torch.logdet(A) + 3 * torch.logdet(B), 1.0, 1e-11)
+
+    @given(seed=seeds, rows=st.integers(1, 5), columns=st.integers(1, 5))
+    @settings(max_examples=25)
+    def test_vec_trick_in_row_major_order(self, seed, rows, columns):
+        d = draw(seed, CPU, definite=False)
+        G, A, V = d.symmetric(rows), d.symmetric(columns), d.normal(rows, columns)
+        close(Kronecker((G, A)) @ V.reshape(-1), (G @ V @ A).reshape(-1), 1.0, 1e-11)
+
+    @given(seed=seeds)
+    @settings(max_examples=25)
+    def test_powers_by_the_eigendecomposition(self, seed):
+        C, M = CASES["kronecker"](draw(seed, CPU))
+        E = eigendecompose(C)
+        close(E.map(torch.square).to_dense(), M @ M, 1.0, 1e-10)
+        root = E.map(lambda e: e.clamp(min=0.0).sqrt()).to_dense()
+        close(root @ root, M, 1.0, 1e-10)
+        close(E.map(lambda e: (e + 0.5) ** -0.5).to_dense() @ (M + 0.5 * torch.eye(len(M), dtype=M.dtype)) @
+              E.map(lambda e: (e + 0.5) ** -0.5).to_dense(), torch.eye(len(M), dtype=M.dtype), 1.0, 1e-10)  # fmt: skip
+
+    @given(seed=seeds)
+    @settings(max_examples=25)
+    def test_eigenvectors_are_products_of_eigenvectors(self, seed):
+        d = draw(seed, CPU)
+        G, A = d.symmetric(3), d.symmetric(2)
+        E = eigendecompose(Kronecker((G, A)))
+        U = torch.kron(E.bases[0], E.bases[1])
+        close(U.T @ U, torch.eye(6, dtype=d.dtype), 1.0, 1e-12)
+        close(torch.kron(G, A) @ U, U * E.eigenvalues.reshape(-1), 1.0, 1e-11)
+
+
+@dataclass(frozen=True, eq=False)
+class Counted(LinearOperator):
+    """A diagonal that counts its products and hides its structure."""
+
+    values: torch.Tensor
+    products: list = field(default_factory=list)
+
+    @property
+    def size(self):
+        return len(self.values)
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def matmat(self, V):
+        self.products.append(V.shape)
+        return self.values.unsqueeze(1) * V
+
+
+def test_an_operator_without_a_rule_is_solved_by_cg_and_after_one_register_directly():
+    class MyOperator(Counted):
+        pass
+
+    C = MyOperator(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    b = torch.ones(3, dtype=torch.float64)
+    expected = 1.0 / (C.values + 0.5)
+    block = BlockDiagonal((C, Identity(1, torch.float64)), (torch.tensor([3, 0, 1]), torch.tensor([2])), 4)
+    in_block = torch.tensor([expected[1], expected[2], 1 / 1.5, expected[0]], dtype=torch.float64)
+
+    assert type(damped_inverse(C, 0.5)) is CGInverse
+    close(damped_inverse(C, 0.5) @ b, expected, 1.0, 1e-9)
+    assert 3 <= len(C.products) <= 10
+    C.products.clear()
+    close(damped_inverse(block, 0.5) @ torch.ones(4, dtype=torch.float64), in_block, 1.0, 1e-9)
+    assert 3 <= len(C.products) <= 10
+
+    C.products.clear()
+    ran = []
+
+    @damped_inverse.register(MyOperator)
+    def _(operator, damping):
+        ran.append(damping)
+        return Diagonal(1.0 / (operator.values + damping))
+
+    close(damped_inverse(C, 0.5) @ b, expected)
+    close(damped_inverse(block, 0.5) @ torch.ones(4, dtype=torch.float64), in_block)
+    close(damped_inverse(Shifted(2.0 * C, 0.5), 0.5) @ b, 1.0 / (2.0 * C.values + 1.0))
+    assert ran == [0.5, 0.5, 0.5]
+    assert C.products == []
+    assert damped_inverse.dispatch(MyOperator)(C, 1.0).diagonal().tolist() == [0.5, 1 / 3, 0.2]
+    assert damped_inverse.dispatch(Counted) is damped_inverse.dispatch(LinearOperator)
+
+
+def test_eigendecompose_may_be_registered_too():
+    class MyOperator(Counted):
+        pass
+
+    C = MyOperator(torch.tensor([1.0, 2.0]))
+    assert type(eigendecompose(C)) is KroneckerEigen
+    assert C.products
+
+    eigendecompose.register(MyOperator)(lambda operator: Diagonal(operator.values))
+    C.products.clear()
+    assert type(eigendecompose(C)) is Diagonal
+    assert type(eigendecompose(Kronecker((C, torch.eye(2))))) is KroneckerEigen
+    assert C.products == []
+
+
+def test_cg_that_does_not_converge_raises():
+    # Every product differs, so that no recurrence can be right.
+    noise = iter(torch.randn(10_000, dtype=torch.float64))
+    C = MatrixFree(lambda V: V * (1.0 + next(noise).abs()), 5, torch.float64)
+    with pytest.raises(SolveError, match="conjugate gradients"):
+        damped_inverse(C, 0.1) @ torch.ones(5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "C",
+    [
+        Diagonal(torch.tensor([1.0, 0.0])),
+        Dense(torch.ones(3, 3, dtype=torch.float64)),
+        Dense(torch.ones(3, 3)),
+        Kronecker((torch.ones(2, 2), torch.eye(2))),
+        KroneckerEigen((None,), torch.tensor([0.0, 1.0])),
+        LowRank(torch.ones(3, 1), torch.ones(1), torch.zeros(3)),
+        LowRank(torch.ones(2, 3), torch.ones(3), torch.zeros(2)),
+        Scaled(0.0, Identity(2)),
+        Shifted(Identity(2), -1.0),
+        Identity(2) - Identity(2),
+        BlockDiagonal((Identity(1),), (torch.tensor([1]),), 2),
+        BlockDiagonal((Diagonal(torch.zeros(1)),), (torch.tensor([0]),), 1),
+    ],
+    ids=lambda C: type(C).__name__,
+)
+def test_singular_without_damping_is_refused(C):
+    with pytest.raises(SolveError, match="amping"):
+        damped_inverse(C, 0.0)
+    assert (damped_inverse(C, 0.5) @ torch.ones(C.size, dtype=C.dtype)).isfinite().all()
+
+
+def test_a_rank_deficient_matrix_is_refused_although_its_factorisation_runs_through():
+    refused = 0
+    for seed in range(20):
+        B = draw(seed, CPU).normal(8, 5)
+        with pytest.raises(SolveError, match="Use a damping above"):
+            damped_inverse(Dense(B @ B.T), 0.0)
+        refused += int(torch.linalg.cholesky_ex(B @ B.T).info == 0)
+    assert refused > 0  # the plain factorisation would have answered
+
+
+def test_the_scale_of_the_coordinates_is_no_reason_to_refuse():
+    M = torch.diag(torch.tensor([1e20, 1.0, 1e-12], dtype=torch.float64))
+    close(damped_inverse(Dense(M), 0.0).diagonal() * M.diagonal(), torch.ones(3, dtype=torch.float64))
+
+
+def test_the_message_names_the_eigenvalue_and_the_damping_that_works():
+    C = Dense(torch.diag(torch.tensor([1.0, -0.25], dtype=torch.float64)))
+    with pytest.raises(SolveError, match=r"damping = 0.1: C has the eigenvalue -0.25. Use a damping above 0.25"):
+        damped_inverse(C, 0.1)
+    with pytest.raises(SolveError, match=r"Block 1 of BlockDiagonal.*eigenvalue -0.25"):
+        damped_inverse(BlockDiagonal((Identity(1, C.dtype), C), (torch.tensor([0]), torch.tensor([1, 2])), 3), 0.1)
+    with pytest.raises(SolveError, match=r"Diagonal.*eigenvalue -2. Use a damping above 2"):
+        damped_inverse(Diagonal(torch.tensor([1.0, -2.0])), 1.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: Diagonal(v),
+        lambda v: Dense(torch.diag(v)),
+        lambda v: Kronecker((torch.diag(v), torch.eye(2))),
+        lambda v: KroneckerEigen((None,), v),
+        lambda v: LowRank(v.unsqueeze(1), torch.ones(1), torch.ones(2)),
+        lambda v: LowRank(torch.ones(2, 1), torch.ones(1), v),
+        lambda v: BlockDiagonal((Diagonal(v),), (torch.tensor([0, 1]),), 2),
+        lambda v: 2.0 * Dense(torch.diag(v)) + Identity(2),
+    ],
+)
+def test_what_is_not_finite_is_refused(make, bad):
+    with pytest.raises(SolveError, match="not finite"):
+        damped_inverse(make(torch.tensor([1.0, bad])), 1.0)
+
+
+def test_eigendecompose_refuses_what_it_cannot_do():
+    with pytest.raises(SolveError, match="not finite"):
+        eigendecompose(Dense(torch.tensor([[float("nan")]])))
+    with pytest.raises(SolveError, match="must be symmetric"):
+        eigendecompose(Dense(torch.tensor([[0.0, 1.0], [0.0, 0.0]])))
+    with pytest.raises(
+        SolveError, match=r"above D = 20000. Register a rule with eigendecompose.register\(MatrixFree\)"
+    ):
+        eigendecompose(MatrixFree(lambda V: V, 20_001))
+    with pytest.raises(TypeError, match="must be a LinearOperator, got Tensor"):
+        eigendecompose(torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("damping", "error"),
+    [(-1e-9, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), (True, TypeError), ("1", TypeError)],
+)
+def test_bad_dampings_are_named(damping, error):
+    with pytest.raises(error, match="damping must be"):
+        damped_inverse(Identity(2), damping)
+
+
+def test_only_operators_are_inverted():
+    with pytest.raises(TypeError, match="operator must be a LinearOperator, got Tensor"):
+        damped_inverse(torch.eye(2), 1.0)
+
+
+def test_eigenvalues_at_rounding_level_are_zero_and_others_keep_their_sign():
+    d = draw(4, CPU)
+    Q = d.orthogonal(5)
+    e = torch.tensor([1.0, 0.5, -1e-3, -1e-17, 1e-17], dtype=torch.float64)
+    found = eigendecompose(Dense(Q @ torch.diag(e) @ Q.T)).eigenvalues
+    assert (found == 0.0).sum() == 2
+    close(found.sort().values, e.where(e.abs() > 1e-10, 0.0).sort().values, 1.0, 1e-14)
+
+
+def spread_matrix(condition, n=24, seed=0):
+    d = draw(seed, CPU)
+    Q = d.orthogonal(n)
+    return Q @ torch.diag(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n, dtype=d.dtype)) @ Q.T
+
+
+def test_float32_at_condition_1e6_is_as_accurate_as_float32_can_be(device):
+    M = spread_matrix(1e6).to(device).float()
+    b = draw(1, device).normal(len(M)).float()
+    exact = torch.linalg.solve(M.double(), b.double())
+    for operator in (Dense(M), BlockDiagonal((Dense(M),), (torch.arange(len(M), device=device),), len(M))):
+        x = damped_inverse(operator, 0.0) @ b
+        assert x.dtype == torch.float32
+        assert (x.double() - exact).norm() / exact.norm() < 1e6 * 1.2e-7 / 2
+        residual = M.double() @ x.double() - b
+        assert residual.norm() < 1e-6 * (torch.linalg.matrix_norm(M, 2) * x.norm())
+    damped = damped_inverse(Kronecker((M, torch.eye(2, device=device))), 1e-2) @ b.repeat_interleave(2)
+    expected = dense_inverse(M.double(), 1e-2) @ b.double()
+    assert (damped[::2].double() - expected).norm() / expected.norm() < 1e-4
+
+
+def test_a_failed_float32_factorisation_is_done_and_kept_in_float64(device):
+    # det = 1 / 1.0005 beside entries of 4096: float32 cannot tell it from 0, although its entries are exact there.
+    M = torch.tensor([[4097.0, 4096.0], [4096.0, 4095.0 + 2.0**-11]], device=device)
+    inverse = damped_inverse(Dense(M), 0.0)
+    assert inverse.factor.dtype == torch.float64
+    assert inverse.dtype == torch.float32
+    b = torch.tensor([1.0, 0.0], device=device)
+    exact = torch.linalg.solve(M.double(), b.double())
+    assert ((inverse @ b).double() - exact).norm() / exact.norm() < 1e-7
+
+
+def test_a_failed_eigendecomposition_is_done_in_float64(monkeypatch):
+    seen = []
+    eigh = torch.linalg.eigh
+
+    def fail_in_float32(M):
+        seen.append(M.dtype)
+        if M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(M)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail_in_float32)
+    E = eigendecompose(Dense(torch.diag(torch.tensor([2.0, 3.0]))))
+    assert seen == [torch.float32, torch.float64]
+    assert E.eigenvalues.dtype == torch.float32
+    assert E.eigenvalues.tolist() == [2.0, 3.0]
+
+    def fail(M):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(SolveError, match=r"failed in every precision: torch.float32.*did not converge; torch.float64"):
+        eigendecompose(Dense(torch.eye(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_factorised_in_float32(dtype):
+    M = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype)
+    inverse = damped_inverse(Dense(M), 1.0)
+    assert inverse.factor.dtype == torch.float32
+    close(inverse @ torch.ones(2, dtype=dtype), torch.full((2,), 0.25, dtype=dtype), 1.0, 1e-2)
+    assert eigendecompose(Dense(M)).eigenvalues.tolist() == [1.0, 3.0]
+
+
+class TestLowRank:
+    def test_the_orthogonal_complement_stays(self, device):
+        d = draw(0, device)
+        U = torch.linalg.qr(d.normal(50, 3)).Q
+        C = LowRank(U, d.values(3), torch.zeros(50, dtype=d.dtype, device=device))
+        b = d.normal(50)
+        b = b - U @ (U.T @ b)
+        close(damped_inverse(C, 1e-3) @ b, b / 1e-3, tolerance=1e-11)
+
+    def test_an_inverse_of_an_inverse(self):
+        d = draw(0, CPU)
+        C = LowRank(d.normal(6, 2), d.values(2), d.values(6) + 0.5)
+        inverse = damped_inverse(C, 0.0)
+        assert (inverse.weights < 0).all()
+        close(damped_inverse(inverse, 0.0).to_dense(), C.to_dense(), 1.0, 1e-11)
+
+    def test_collinear_columns_and_a_small_damping_in_float32(self, device):
+        d = draw(0, device)
+        U = d.normal(40, 3)
+        U = torch.cat([U, U[:, :1], 1e-3 * U], dim=1).float()
+        C = LowRank(U, torch.ones(7, device=device), torch.zeros(40, device=device))
+        b = d.normal(40).float()
+        exact = dense_inverse(U.double() @ U.double().T, 1e-5) @ b.double()
+        x = damped_inverse(C, 1e-5) @ b
+        assert (x.double() - exact).norm() / exact.norm() < 1e-5
+
+    def test_many_coordinates_need_no_full_matrix(self):
+        U = draw(0, CPU, dtype=torch.float32).normal(200_000, 2)
+        C = LowRank(U, torch.ones(2), torch.full((200_000,), 0.1))
+        b = torch.ones(200_000)
+        x = (damped_inverse(C, 0.1) @ b).double()
+        residual = U.double() @ (U.double().T @ x) + 0.2 * x - b
+        assert residual.norm() / b.norm() < 1e-3
+
+    def test_a_right_hand_side_in_the_range_of_the_factor_keeps_its_digits_in_float32(self, device):
+        d = draw(0, device)
+        U = 1e3 * torch.linalg.qr(d.normal(30, 2)).Q.float()
+        C = LowRank(U, torch.ones(2, device=device), torch.zeros(30, device=device))
+        b = U @ torch.ones(2, device=device)
+        exact = dense_inverse(U.double() @ U.double().T, 1.0) @ b.double()
+        x = damped_inverse(C, 1.0) @ b
+        assert x.dtype == torch.float32
+        assert (x.double() - exact).norm() / exact.norm() < 1e-6
+
+
+def test_blocks_may_be_slow_or_direct_in_one_operator():
+    d = draw(1, CPU)
+    M = d.symmetric(3)
+    C = BlockDiagonal(
+        (MatrixFree(lambda V: M @ V, 3, d.dtype), Dense(M)), (torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])), 7
+    )
+    inverse = damped_inverse(C, 0.1)
+    assert [type(block) for block in inverse.blocks] == [CGInverse, CholeskyInverse, Diagonal]
+    b = d.normal(7)
+    close((inverse @ b)[6], b[6] / 0.1)
+    close((inverse @ b)[1:6:2], dense_inverse(M, 0.1) @ b[1:6:2], 1.0, 1e-10)
+
+
+def test_a_negative_shift_is_solved_where_the_rest_is_large_enough():
+    C = Shifted(Dense(torch.diag(torch.tensor([3.0, 5.0]))), -2.0)
+    assert (damped_inverse(C, 0.0) @ torch.ones(2)).tolist() == pytest.approx([1.0, 1 / 3])
+    free = Shifted(MatrixFree(lambda V: 3.0 * V, 2), -2.0)
+    assert (damped_inverse(free, 1.0) @ torch.ones(2)).tolist() == pytest.approx([0.5, 0.5])
+    with pytest.raises(SolveError):
+        damped_inverse(Shifted(free, -2.0), 0.5) @ torch.ones(2)
+
+
+@pytest.mark.parametrize("factor", [1e-310, 1e-45, 1e300])
+def test_extreme_factors_do_not_overflow(factor):
+    x = damped_inverse(Scaled(factor, Dense(torch.eye(2, dtype=torch.float64))), 1.0) @ torch.ones(2).double()
+    assert x.isfinite().all()
+    assert x.tolist() == pytest.approx([1.0 / (factor + 1.0)] * 2, rel=1e-12)
