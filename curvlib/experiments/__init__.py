@@ -1,0 +1,88 @@
+"""Problems, data, methods and the comparison runner behind ``curvlib compare``.
+
+The Python interface is the one that the command line uses::
+
+    from pathlib import Path
+    from curvlib.experiments import PROBLEMS, Comparison, ResultsFolder, Steps, compare, configure, prepare_folder
+
+    problem = PROBLEMS.get("digits-autoencoder")
+    methods = tuple(configure(name, problem, {}) for name in ("kfac", "adam"))
+    comparison = Comparison(problem=problem, methods=methods, budget=Steps(100))
+    folder = ResultsFolder(Path("results/digits-autoencoder"))
+    prepare_folder(comparison, folder)
+    outcome = compare(comparison, problem.load(), folder)
+
+It needs the optional dependencies of ``pip install "curvlib[experiments]"``.
+"""
+
+from __future__ import annotations
+
+try:
+    import click  # noqa: F401
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+    import sklearn  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"curvlib.experiments needs click, rich, matplotlib and scikit-learn, and {error.name} is missing: "
+        'pip install "curvlib[experiments]"'
+    ) from error
+
+from curvlib.experiments.budgets import Budget, Epochs, EvaluationSchedule, Seconds, Steps
+from curvlib.experiments.comparison import Comparison, Monitor, Outcome
+from curvlib.experiments.curvatures import APPROXIMATIONS, MATRICES, CurvatureChoice
+from curvlib.experiments.curves import generate_curves
+from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.figure import figure_png
+from curvlib.experiments.idx import read_idx
+from curvlib.experiments.images import Images, ImageSource
+from curvlib.experiments.methods import METHODS, Method, configure, register_method
+from curvlib.experiments.networks import FullyConnected
+from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
+from curvlib.experiments.problems import PROBLEMS, Problem, register_problem
+from curvlib.experiments.records import Record, Status
+from curvlib.experiments.report import results_tables
+from curvlib.experiments.results_folder import ResultsFolder
+from curvlib.experiments.runner import compare
+from curvlib.experiments.tasks import Metric, Task
+from curvlib.experiments.trainers import StepReport, Trainer
+
+__all__ = [
+    "APPROXIMATIONS",
+    "MATRICES",
+    "METHODS",
+    "PROBLEMS",
+    "Budget",
+    "Comparison",
+    "CurvatureChoice",
+    "Epochs",
+    "EvaluationSchedule",
+    "ExperimentError",
+    "FullyConnected",
+    "ImageSource",
+    "Images",
+    "Method",
+    "Metric",
+    "Monitor",
+    "Outcome",
+    "Problem",
+    "Record",
+    "ResultsFolder",
+    "Seconds",
+    "Status",
+    "StepReport",
+    "Steps",
+    "Task",
+    "Trainer",
+    "compare",
+    "configure",
+    "figure_png",
+    "generate_curves",
+    "prepare_folder",
+    "read_idx",
+    "register_method",
+    "register_problem",
+    "reopen_folder",
+    "replace_folder",
+    "results_tables",
+]

@@ -1,0 +1,74 @@
+"""Curvatures by name: an approximation of a matrix, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curvlib import GGN, EmpiricalFisher, Fisher
+from curvlib.approximations import KFAC, Approximation, BlockDiagonal, Dense, Diagonal, Exact, Identity
+from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.registry import Registry
+
+MATRICES: Registry[Any] = Registry("curvature matrix")
+MATRICES.register("ggn", GGN())
+MATRICES.register("fisher", Fisher(samples=1))
+MATRICES.register("empirical-fisher", EmpiricalFisher())
+
+# Each takes the matrix that it approximates; the identity has no use for it.
+APPROXIMATIONS: Registry[Callable[[Any], Approximation]] = Registry("curvature approximation")
+APPROXIMATIONS.register("kfac", KFAC)
+APPROXIMATIONS.register("diagonal", Diagonal)
+APPROXIMATIONS.register("block-diagonal", BlockDiagonal)
+APPROXIMATIONS.register("dense", Dense)
+APPROXIMATIONS.register("exact", Exact)
+_IDENTITY = "identity"
+APPROXIMATIONS.register(_IDENTITY, lambda matrix: Identity())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """An approximation and what to call it.
+
+    Args:
+        name: for tables and figures.
+        approximation: to be estimated at every step.
+    """
+
+    name: str
+    approximation: Approximation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureChoice:
+    """What the command line asks for; None leaves the part to the method.
+
+    Args:
+        approximation: a name of :data:`APPROXIMATIONS`.
+        matrix: a name of :data:`MATRICES`.
+
+    Raises:
+        ExperimentError: an unknown name, or a matrix for the identity.
+    """
+
+    approximation: str | None = None
+    matrix: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.approximation is not None:
+            APPROXIMATIONS.get(self.approximation)
+        if self.matrix is not None:
+            MATRICES.get(self.matrix)
+            if self.approximation == _IDENTITY:
+                raise ExperimentError(f"The identity approximates no matrix: leave out --matrix {self.matrix}.")
+
+    def resolve(self, default_approximation: str, default_matrix: str) -> Curvature | None:
+        """Return the curvature with a method's own names where nothing was asked for, None if nothing was at all."""
+        if self.approximation is None and self.matrix is None:
+            return None
+        approximation, matrix = self.approximation or default_approximation, self.matrix or default_matrix
+        return Curvature(
+            name=_IDENTITY if approximation == _IDENTITY else f"{approximation} {matrix}",
+            approximation=APPROXIMATIONS.get(approximation)(MATRICES.get(matrix)),
+        )

@@ -1,0 +1,207 @@
+"""The problems: images, a task, a network, and the settings with which the methods train it well.
+
+A new problem is one :class:`Problem` given to :func:`register_problem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.images import MNIST, Curves, Digits, ImageSource
+from curvlib.experiments.networks import FullyConnected, kaiming, sparse
+from curvlib.experiments.registry import Registry
+from curvlib.experiments.tasks import Classification, Reconstruction, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Inputs and targets, one row an example.
+
+    Args:
+        inputs: (N, d_in).
+        targets: (N, ...).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: Tensor) -> Examples:
+        return Examples(inputs=self.inputs[rows], targets=self.targets[rows])
+
+    def to(self, device: torch.device) -> Examples:
+        """Return the same examples on a device."""
+        return Examples(inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+    @property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """(inputs, targets)."""
+        return self.inputs, self.targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedProblem:
+    """A problem with its data in memory.
+
+    Args:
+        train: training examples.
+        test: test examples.
+        loss: module, whose mean is over examples.
+    """
+
+    train: Examples
+    test: Examples
+    loss: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A network to be trained on data: minimise loss(model(inputs), targets) + l2/2 |theta|^2.
+
+    Args:
+        name: what the command line calls it.
+        description: one line.
+        images: where the data come from.
+        task: targets, loss and metric.
+        network: the model.
+        l2: weight of the regularisation.
+        evaluated_examples: the loss and the metric are computed on that many training examples and test examples,
+            chosen once, or on all where there are fewer.
+        settings: per method the options that differ from the method's own defaults.
+    """
+
+    name: str
+    description: str
+    images: ImageSource
+    task: Task
+    network: FullyConnected
+    l2: float = 1e-5
+    evaluated_examples: int = 5000
+    settings: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.l2 < 0:
+            raise ExperimentError(f"l2 of problem {self.name!r} must be at least 0, got {self.l2}.")
+        if self.evaluated_examples < 1:
+            raise ExperimentError(f"evaluated_examples must be at least 1, got {self.evaluated_examples}.")
+
+    def identity(self) -> dict[str, str]:
+        """Return, as text, what distinguishes this problem from others of its name, the same in every process."""
+        return {
+            "problem": self.name,
+            "problem.images": repr(self.images),
+            "problem.task": repr(self.task),
+            "problem.network": repr(self.network),
+            "problem.l2": repr(self.l2),
+            "problem.evaluated_examples": repr(self.evaluated_examples),
+        }
+
+    def load(self, folder: Path | None = None) -> LoadedProblem:
+        """Return the problem with its data.
+
+        Args:
+            folder: where the data files are, for problems that need files.
+
+        Raises:
+            ExperimentError: data are missing or damaged.
+        """
+        train, test = self.images.load(folder)
+        return LoadedProblem(
+            train=Examples(inputs=train.pixels, targets=self.task.targets(train)),
+            test=Examples(inputs=test.pixels, targets=self.task.targets(test)),
+            loss=self.task.loss(train),
+        )
+
+
+PROBLEMS: Registry[Problem] = Registry("problem")
+
+
+def register_problem(problem: Problem) -> None:
+    """Make a problem known to the command line under its name.
+
+    Raises:
+        ExperimentError: the name is taken.
+    """
+    PROBLEMS.register(problem.name, problem)
+
+
+register_problem(
+    Problem(
+        name="digits-autoencoder",
+        description="Compress 8x8 digits to 10 numbers and back",
+        images=Digits(),
+        task=Reconstruction(),
+        network=FullyConnected(widths=(64, 100, 50, 10, 50, 100, 64), activation=nn.Tanh, linear_layers=(3,)),
+        settings={"sgd": {"lr": 0.02}},
+    )
+)
+register_problem(
+    Problem(
+        name="digits-classifier",
+        description="Recognise 8x8 digits",
+        images=Digits(),
+        task=Classification(),
+        network=FullyConnected(widths=(64, 100, 50, 10), activation=nn.Tanh),
+        settings={"sgd": {"lr": 0.1}},
+    )
+)
+register_problem(
+    Problem(
+        name="curves-autoencoder",
+        description="Compress 28x28 images of curves to the 6 numbers that made them",
+        images=Curves(),
+        task=Reconstruction(),
+        network=FullyConnected(
+            widths=(784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784),
+            activation=nn.Sigmoid,
+            initialise=sparse,
+            linear_layers=(6,),
+        ),
+        settings={
+            "kfac": {"batch_size": 1000},
+            "hessian-free": {"curvature_fraction": 0.2},
+            "sgd": {"lr": 0.02},
+            "lbfgs": {"batch_size": 5000},
+        },
+    )
+)
+register_problem(
+    Problem(
+        name="mnist-autoencoder",
+        description="Compress 28x28 digits to 30 numbers and back",
+        images=MNIST(),
+        task=Reconstruction(),
+        network=FullyConnected(
+            widths=(784, 1000, 500, 250, 30, 250, 500, 1000, 784), activation=nn.Tanh, linear_layers=(4,)
+        ),
+        settings={
+            "kfac": {"batch_size": 1000},
+            "hessian-free": {"curvature_fraction": 0.2},
+            "sgd": {"lr": 0.003},
+            "lbfgs": {"batch_size": 5000},
+        },
+    )
+)
+register_problem(
+    Problem(
+        name="mnist-classifier",
+        description="Recognise 28x28 digits",
+        images=MNIST(),
+        task=Classification(),
+        network=FullyConnected(widths=(784, 500, 300, 10), activation=nn.ReLU, initialise=kaiming),
+        settings={
+            "kfac": {"batch_size": 1000},
+            "hessian-free": {"curvature_fraction": 0.2},
+            "sgd": {"lr": 0.05},
+            "lbfgs": {"batch_size": 5000},
+        },
+    )
+)
