@@ -1,0 +1,1 @@
+"""Speed and memory of curvlib beside other libraries, in gradients of the same network: ``python -m benchmarks``."""
