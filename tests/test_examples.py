@@ -1,0 +1,62 @@
+"""The examples run without a warning, and the numbers that they print support what they say."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def output_of(name, capsys):
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def table(text, columns):
+    """Rows of the printed table: a name, then that many numbers."""
+    rows = re.findall(r"^(\S.*?)" + r"\s+(-?\d+\.\d+)" * columns + "$", text, re.MULTILINE)
+    return {name: [float(number) for number in numbers] for name, *numbers in rows}
+
+
+def test_every_example_is_short_and_tested():
+    scripts = {path.stem: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}
+    assert scripts.keys() == {"one_step_by_hand", "swap_curvatures", "train_with_presets"}
+    assert all(len(lines) < 70 for lines in scripts.values())
+
+
+def test_one_step_by_hand(capsys):
+    text = output_of("one_step_by_hand", capsys)
+    rows = table(text, 3)
+    assert list(rows) == ["exact Gauss-Newton", "K-FAC", "gradient"]
+    assert "converged" in text
+    damped = {name: row[0] for name, row in rows.items()}
+    assert min(damped, key=damped.get) == "exact Gauss-Newton", "it minimises the damped model"
+    for name, (_, model, loss) in rows.items():
+        assert loss < 0, f"the {name} step lowers the loss"
+        assert model == pytest.approx(loss, rel=0.15), "the undamped model forecasts the change"
+    before, after = (float(re.search(pattern, text)[1]) for pattern in (r", loss (\d\.\d+)", r"exact step: (\d\.\d+)"))
+    assert after == pytest.approx(before + rows["exact Gauss-Newton"][2], abs=2e-4)
+
+
+def test_swap_curvatures(capsys):
+    rows = table(output_of("swap_curvatures", capsys), 3)
+    assert len(rows) == 8
+    error = {name: row[0] for name, row in rows.items()}
+    cosine = {name: row[1] for name, row in rows.items()}
+    assert error["exact GGN"] == 0.0
+    assert cosine["exact GGN"] == 1.0
+    assert 0 < error["blocks of the GGN"] < error["diagonal of the GGN"] < error["identity"]
+    assert 0 < error["K-FAC, GGN"] < error["diagonal of the GGN"]
+    assert len(set(error.values())) == 8, "every choice makes a step of its own"
+    assert all(change < 0 for _, _, change in rows.values())
+
+
+def test_train_with_presets(capsys):
+    rows = table(output_of("train_with_presets", capsys), 3)
+    assert list(rows) == ["kfac", "hessian_free", "torch Adam"]
+    loss = {name: row[0] for name, row in rows.items()}
+    assert loss["kfac"] < loss["torch Adam"], "in the same number of passes over the data"
+    assert loss["hessian_free"] < loss["torch Adam"]
+    assert all(accuracy > 0.8 for _, accuracy, _ in rows.values())
