@@ -5,9 +5,10 @@ from curvlib.approximations.block_diagonal import BlockDiagonal
 from curvlib.approximations.diagonal import Diagonal
 from curvlib.approximations.exact import Dense, Exact
 from curvlib.approximations.identity import Identity
-from curvlib.approximations.kfac import KFAC, Expand, Reduce, WeightSharing
+from curvlib.approximations.kfac import KFAC
 from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.moving_average import MovingAverage
+from curvlib.approximations.weight_sharing import Expand, Reduce, WeightSharing
 
 __all__ = [
     "KFAC",

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvlib.approximations.base import Statistics
-from curvlib.approximations.gram import gram
 from curvlib.approximations.layerwise import LayerwiseApproximation, layer_key
-from curvlib.extensions import Layer, LayerFactors
+from curvlib.extensions import Layer, LayerFactors, gram
 from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import LinearOperator
 
@@ -37,8 +36,7 @@ class BlockDiagonal(LayerwiseApproximation):
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return a zero block."""
-        size = layer.d_out * layer.columns
-        return Statistics(sums={layer_key(layer, "block"): like.new_zeros(size, size)})
+        return Statistics(sums={layer_key(layer, "block"): like.new_zeros(layer.size, layer.size)})
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
         """Return the dense block of one layer."""
@@ -46,5 +44,4 @@ class BlockDiagonal(LayerwiseApproximation):
 
     def describe_block(self, layer: Layer) -> str:
         """Name the size of the block."""
-        size = layer.d_out * layer.columns
-        return f"dense {size} x {size}"
+        return f"dense {layer.size} x {layer.size}"

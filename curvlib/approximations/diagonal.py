@@ -35,7 +35,7 @@ class Diagonal(LayerwiseApproximation):
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return a zero diagonal."""
-        return Statistics(sums={layer_key(layer, "diagonal"): like.new_zeros(layer.d_out * layer.columns)})
+        return Statistics(sums={layer_key(layer, "diagonal"): like.new_zeros(layer.size)})
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
         """Return the diagonal of one layer."""

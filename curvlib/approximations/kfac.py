@@ -1,69 +1,33 @@
 """K-FAC: each layer's block as a Kronecker product of two small second moments (Martens & Grosse 2015).
 
-Symbols: N examples, T positions, a (N, T, columns) inputs with the homogeneous coordinate, g (N, T, d_out) output
-gradients for the vectors v_k of the curvature matrix. In the papers' column-stacking convention the block is A (x) G;
-on the rows of (W b) one after another, PyTorch's order, it is the operator ``Kronecker((G, A))``.
+Symbols: N examples, T positions, a (N, T, groups, columns) inputs with the homogeneous coordinate, g (N, T, groups,
+d_out) output gradients for the vectors v_k of the curvature matrix. In the papers' column-stacking convention the block
+is A (x) G; on the rows of (W b) one after another, PyTorch's order, it is the operator ``Kronecker((G, A))``.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import singledispatch
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.approximations.base import Statistics
-from curvlib.approximations.gram import gram
 from curvlib.approximations.layerwise import LayerwiseApproximation, layer_key
-from curvlib.extensions import Layer, LayerFactors
-from curvlib.operators import Kronecker, LinearOperator
-
-
-class WeightSharing(ABC):
-    """How the T positions of a layer enter its two factors (Eschenhagen et al. 2023); T = 1 makes no difference."""
-
-    @abstractmethod
-    def inputs(self, x: Float[Tensor, "N T d_in"]) -> Float[Tensor, "R d_in"]:
-        """Return the rows whose mean outer product, bordered by the homogeneous coordinate, is A."""
-
-    @abstractmethod
-    def output_gradients(self, g: Float[Tensor, "N T d_out"]) -> Float[Tensor, "R d_out"]:
-        """Return the rows whose summed outer product is G."""
-
-
-@dataclass(frozen=True)
-class Expand(WeightSharing):
-    """Positions are treated as independent examples: A = mean_{n,t} a a^T, G = sum_{n,t} g g^T.
-
-    The same product as KFC's Omega (x) Gamma (Grosse & Martens 2016, eq. 26 and 27), with the factor T in G. Exact for
-    deep linear networks whose loss is a sum over positions.
-    """
-
-    def inputs(self, x: Float[Tensor, "N T d_in"]) -> Float[Tensor, "R d_in"]:
-        """Return all positions of all examples."""
-        return x.flatten(0, 1)
-
-    def output_gradients(self, g: Float[Tensor, "N T d_out"]) -> Float[Tensor, "R d_out"]:
-        """Return all positions of all examples."""
-        return g.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Reduce(WeightSharing):
-    """Positions are summed first: A from mean_t a, G from sum_t g.
-
-    Exact for deep linear networks that sum over positions before the loss.
-    """
-
-    def inputs(self, x: Float[Tensor, "N T d_in"]) -> Float[Tensor, "R d_in"]:
-        """Return the mean over the positions of each example."""
-        return x.mean(1)
-
-    def output_gradients(self, g: Float[Tensor, "N T d_out"]) -> Float[Tensor, "R d_out"]:
-        """Return the sum over the positions of each example."""
-        return g.sum(1)
+from curvlib.approximations.weight_sharing import Expand, WeightSharing
+from curvlib.extensions import (
+    AffineMap,
+    DenseFactors,
+    InputMoments,
+    Layer,
+    LayerFactors,
+    LookupFactors,
+    MapFactors,
+    grouped_gram,
+)
+from curvlib.operators import BlockDiagonal, Diagonal, Kronecker, LinearOperator, Sum
 
 
 @dataclass(frozen=True)
@@ -74,13 +38,18 @@ class KFAC(LayerwiseApproximation):
     networks with squared error. With ``Fisher(samples=1)`` a batch costs one backward pass down to the layers' outputs
     and two second moments a layer; with ``GGN()`` one such pass for each output of an example.
 
+    Convolutions have patches as inputs (Grosse & Martens 2016) and one block a group; their patches are made in chunks
+    of at most 64 MiB. Embeddings have a diagonal A. Scale and shift of a normalisation layer get their exact diagonal.
+    Modules that use one weight in two ways, such as an embedding and the output layer tied to it, get the sum of two
+    Kronecker products, without the terms between the two uses.
+
     Source: Martens & Grosse 2015, eq. 1 and sec. 3. Departure: G carries the objective's scale (the paper's objective
     is always a mean), so that the block is the curvature of the user's own loss.
 
     Args:
         matrix: ``Fisher()`` as in the paper, ``GGN()`` or ``EmpiricalFisher()``.
         weight_sharing: ``Expand()`` or ``Reduce()``, for layers used at several positions.
-        on_unsupported: what parameters outside every layer get: "raise", "diagonal" or "exclude".
+        on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" or "exclude".
     """
 
     weight_sharing: WeightSharing = field(default_factory=Expand, kw_only=True)
@@ -92,34 +61,100 @@ class KFAC(LayerwiseApproximation):
 
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add g g^T; the inputs are the same for every vector and counted once."""
-        input_key, output_key = layer_key(factors.layer, "A"), layer_key(factors.layer, "G")
-        if input_key not in means:
-            means[input_key] = self._input_moment(factors)
-        moment = gram(self.weight_sharing.output_gradients(factors.g))
-        sums[output_key] = sums[output_key] + moment if output_key in sums else moment
+        if _is_elementwise(factors.layer):
+            _add(sums, layer_key(factors.layer, "diagonal"), factors.squared_gradients())
+            return
+        for part in factors.maps:
+            input_key, output_key = _key(part.map, "A"), _key(part.map, "G")
+            if input_key not in means:
+                means[input_key] = _input_factor(part, self.weight_sharing)
+            moment = grouped_gram(self.weight_sharing.output_gradients(part.g))
+            _add(sums, output_key, moment.squeeze(0) if part.map.groups == 1 else moment)
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return zero factors."""
-        return Statistics(
-            means={layer_key(layer, "A"): like.new_zeros(layer.columns, layer.columns)},
-            sums={layer_key(layer, "G"): like.new_zeros(layer.d_out, layer.d_out)},
-        )
+        if _is_elementwise(layer):
+            return Statistics(sums={layer_key(layer, "diagonal"): like.new_zeros(layer.size)})
+        means, sums = {}, {}
+        for part in layer.maps:
+            stack = (part.groups,) if part.groups > 1 else ()
+            inputs = (part.columns,) if part.sparse else (part.columns, part.columns)
+            means[_key(part, "A")] = like.new_zeros(*stack, *inputs)
+            sums[_key(part, "G")] = like.new_zeros(*stack, part.d_out, part.d_out)
+        return Statistics(means=means, sums=sums)
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
         """Return the Kronecker product of the two factors."""
-        return Kronecker((statistics.sums[layer_key(layer, "G")], statistics.means[layer_key(layer, "A")]))
+        if _is_elementwise(layer):
+            return Diagonal(statistics.sums[layer_key(layer, "diagonal")])
+        parts = []
+        for part in layer.maps:
+            G, A = statistics.sums[_key(part, "G")], statistics.means[_key(part, "A")]
+            product: LinearOperator = (
+                KroneckerStack((G, A)) if part.groups > 1 else Kronecker((G, Diagonal(A) if part.sparse else A))
+            )
+            parts.append(product if part.order is None else BlockDiagonal((product,), (part.order,), layer.size))
+        return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
     def describe_block(self, layer: Layer) -> str:
         """Name the sizes of the factors."""
-        return f"Kronecker: A {layer.columns} x {layer.columns}, G {layer.d_out} x {layer.d_out}"
+        if _is_elementwise(layer):
+            return "exact diagonal"
+        return " + ".join(map(_description, layer.maps))
 
-    def _input_moment(self, factors: LayerFactors) -> Float[Tensor, "columns columns"]:
-        """Return A, its homogeneous border from the rows' sum instead of a column of ones (no copy of the inputs)."""
-        rows = self.weight_sharing.inputs(factors.inputs)
-        if factors.layer.weight is None:
-            return rows.new_ones(1, 1)
-        moment = gram(rows).div_(rows.shape[0])
-        if factors.layer.bias is None:
-            return moment
-        mean = rows.mean(0, keepdim=True)
-        return torch.cat([torch.cat([moment, mean.T], 1), torch.cat([mean, mean.new_ones(1, 1)], 1)], 0)
+
+def KroneckerStack(factors):  # PLACEHOLDER
+    G, A = factors
+    n = G.shape[1] * A.shape[1]
+    blocks = tuple(Kronecker((g, a)) for g, a in zip(G, A, strict=True))
+    return BlockDiagonal(blocks, tuple(torch.arange(n * b, n * b + n) for b in range(len(G))), n * len(G))
+
+
+@singledispatch
+def _input_factor(factors: MapFactors, sharing: WeightSharing) -> Tensor:
+    """Return A of one affine map."""
+    raise TypeError(f"K-FAC has no input factor for {type(factors).__name__}.")
+
+
+@_input_factor.register
+def _(factors: DenseFactors, sharing: WeightSharing) -> Float[Tensor, "*groups columns columns"]:
+    if not factors.map.weight:
+        groups = (factors.map.groups,) if factors.map.groups > 1 else ()
+        return factors.g.new_ones(*groups, 1, 1)
+    A = _bordered(sharing.moments(factors)) if factors.map.bias else _mean(sharing.moments(factors))
+    return A.squeeze(0) if factors.map.groups == 1 else A
+
+
+@_input_factor.register
+def _(factors: LookupFactors, sharing: WeightSharing) -> Float[Tensor, " columns"]:
+    rows = sharing.lookups(factors)
+    return rows.squared_inputs() / (rows.examples * rows.positions)
+
+
+def _mean(moments: InputMoments) -> Float[Tensor, "groups d_in d_in"]:
+    return moments.outer / moments.count
+
+
+def _bordered(moments: InputMoments) -> Float[Tensor, "groups columns columns"]:
+    """Return A with the border of the homogeneous coordinate from the rows' sum (no copy of the inputs with ones)."""
+    mean = (moments.total / moments.count).unsqueeze(1)
+    ones = mean.new_ones(mean.shape[0], 1, 1)
+    return torch.cat([torch.cat([_mean(moments), mean.mT], 2), torch.cat([mean, ones], 2)], 1)
+
+
+def _is_elementwise(layer: Layer) -> bool:
+    return all(part.elementwise for part in layer.maps)
+
+
+def _key(part: AffineMap, statistic: str) -> str:
+    return f"{part.name}|{statistic}"
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _description(part: AffineMap) -> str:
+    A = f"diagonal of {part.columns}" if part.sparse else f"{part.columns} x {part.columns}"
+    groups = f"{part.groups} times " if part.groups > 1 else ""
+    return f"Kronecker: {groups}A {A}, G {part.d_out} x {part.d_out}"

@@ -8,18 +8,20 @@ output and computes no weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvlib.extensions.factors import LayerFactors
-from curvlib.extensions.layers import LayerPlan, UnsupportedLayerError
-from curvlib.extensions.rule import LayerRule, PositionFactors
+from curvlib.extensions.factors import LayerFactors, map_factors
+from curvlib.extensions.layers import LayerPlan, PlannedModule, UnsupportedLayerError
+from curvlib.extensions.rule import PositionFactors
+from curvlib.extensions.uses import Use, tensors_in
 from curvlib.parameters import trainable_parameters
 
 
@@ -28,21 +30,17 @@ class Call:
     """One call of a module during the forward pass.
 
     Attributes:
-        name: the module's name.
-        module: the module.
-        layer: index of its layer in the plan.
-        input: the tensor that it was called with.
-        input_version: the version of that tensor then; a later one means that it was modified in place.
-        input_edge: where the input came from, or None if it does not depend on a parameter.
+        planned: the module and its rule.
+        input: what the rule has kept of its arguments.
+        versions: the versions of the tensors in it then; a later one means that one was modified in place.
+        input_edges: where the call's tensors came from, without those that do not depend on a parameter.
         edge: the output of the call in the autograd graph.
     """
 
-    name: str
-    module: nn.Module
-    layer: int
-    input: Tensor
-    input_version: int
-    input_edge: GradientEdge | None
+    planned: PlannedModule
+    input: Any
+    versions: tuple[int, ...]
+    input_edges: tuple[GradientEdge, ...]
     edge: GradientEdge
 
 
@@ -63,8 +61,8 @@ class Tape:
     def recording(self) -> Iterator[None]:
         """Note every call of the plan's modules inside the block."""
         handles = [
-            module.register_forward_hook(self._hook(name, rule, layer), with_kwargs=True, prepend=True)
-            for name, module, rule, layer in self.plan.modules
+            planned.module.register_forward_hook(self._hook(planned), with_kwargs=True, prepend=True)
+            for planned in self.plan.modules
         ]
         try:
             yield
@@ -85,11 +83,12 @@ class Tape:
             for key in used
             if key in names and names[key] not in self.plan.unsupported
         }
-        before, self.plan = self.plan, self.plan.without(escaped)
+        plan = self.plan.without(escaped) if escaped else self.plan
+        kept = {id(layer) for layer in plan.layers}
         if escaped:
-            index = {id(layer): new for new, layer in enumerate(self.plan.layers)}
-            kept = [call for call in self._calls if id(before.layers[call.layer]) in index]
-            self._calls = [Call(**{**vars(call), "layer": index[id(before.layers[call.layer])]}) for call in kept]
+            self._calls = [call for call in self._calls if not kept.isdisjoint(_layers_of(call.planned))]
+        counts = Counter(key for call in self._calls for key in _layers_of(call.planned))
+        self.plan = replace(plan, calls={layer.name: counts[id(layer)] for layer in plan.layers})
 
     def factors(self, outputs: Tensor, vector: Tensor) -> Iterator[LayerFactors]:
         """Yield (a, g) of every layer for one output-space vector, by one backward pass down to the layers' outputs.
@@ -106,44 +105,69 @@ class Tape:
             return
         edges = [call.edge for call in self._calls]
         gradients = torch.autograd.grad(outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True)
-        uses: list[list] = [[] for _ in self.plan.layers]
+        uses = self._uses(gradients, outputs.shape[0])
+        del gradients
+        for layer in self.plan.layers:
+            by_map = sorted(uses.pop(id(layer)).items())  # what a layer's uses have made goes with them
+            if by_map:
+                maps = (map_factors(found[0], layer.maps[place], tuple(found)) for place, found in by_map)
+                yield LayerFactors(layer, tuple(maps))
+
+    def _uses(self, gradients: tuple[Tensor | None, ...], examples: int) -> dict[int, dict[int, list[Use]]]:
+        """Return by layer and map what the calls' rules make of the gradients at their outputs."""
+        uses: dict[int, dict[int, list[Use]]] = {id(layer): defaultdict(list) for layer in self.plan.layers}
         for call, gradient in zip(self._calls, gradients, strict=True):
             if gradient is None:
                 continue  # a branch that the outputs do not depend on
-            _check_call(call, outputs.shape[0])
-            uses[call.layer].append(self._extension.collect(call.module, call.input, gradient))
-        for layer, layer_uses in zip(self.plan.layers, uses, strict=True):
-            if layer_uses:
-                yield LayerFactors(layer, tuple(layer_uses))
+            _check_versions(call)
+            made = self._extension.collect(call.planned.module, call.input, gradient)
+            for target, use in zip(call.planned.targets, made, strict=True):
+                if target is not None and id(target[0]) in uses:
+                    _check_examples(call.planned.name, use, examples)
+                    uses[id(target[0])][target[1]].append(use)
+        return uses
 
-    def _hook(self, name: str, rule: LayerRule, layer: int):  # type: ignore[no-untyped-def]
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if not output.requires_grad:
+    def _hook(self, planned: PlannedModule) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            result = planned.rule.call_output(output)
+            if not result.requires_grad:
                 return
-            x = rule.call_input(module, args, kwargs)
-            edge = get_gradient_edge(x) if x.requires_grad else None
-            self._calls.append(Call(name, module, layer, x, x._version, edge, get_gradient_edge(output)))
+            x = planned.rule.call_input(module, args, kwargs)
+            versions = tuple(tensor._version for tensor in tensors_in(x))
+            edges = tuple(
+                get_gradient_edge(tensor)
+                for tensor in tensors_in((args, tuple(kwargs.values())))
+                if tensor.requires_grad
+            )
+            self._calls.append(Call(planned, x, versions, edges, get_gradient_edge(result)))
 
         return note
 
 
-def _check_call(call: Call, examples: int) -> None:
-    if call.input._version != call.input_version:
+def _layers_of(planned: PlannedModule) -> set[int]:
+    return {id(target[0]) for target in planned.targets if target is not None}
+
+
+def _check_versions(call: Call) -> None:
+    if tuple(tensor._version for tensor in tensors_in(call.input)) != call.versions:
         raise RuntimeError(
-            f"the input of module {call.name!r} was modified in place after the module used it, so its statistics "
-            "would be wrong. Replace the in-place operation that follows it by one that makes a new tensor."
+            f"the input of module {call.planned.name!r} was modified in place after the module used it, so its "
+            "statistics would be wrong. Replace the in-place operation that follows it by one that makes a new tensor."
         )
-    if call.input.ndim < 2 or call.input.shape[0] != examples:
+
+
+def _check_examples(name: str, use: Use, examples: int) -> None:
+    if use.examples != examples:
         raise UnsupportedLayerError(
-            f"module {call.name!r} was called with an input of shape {tuple(call.input.shape)}, but the model's "
-            f"outputs have {examples} examples along their first dimension. Statistics need the examples "
-            "first in both: keep (N, ...) through the model, also for its outputs."
+            f"module {name!r} was called with {use.examples} examples along the first dimension, but the model's "
+            f"outputs have {examples} examples along theirs. Statistics need the examples first in both: keep (N, ...) "
+            "through the model, also for its outputs."
         )
 
 
 def _parameters_outside_calls(outputs: Tensor, calls: list[Call]) -> set[int]:
     """Return the ids of the leaves that the outputs reach when each recorded call is stepped over to its input."""
-    shortcut = {call.edge.node: call.input_edge for call in calls}
+    shortcut = {call.edge.node: call.input_edges for call in calls}
     stack, seen, leaves = [outputs.grad_fn], set(), set()
     while stack:
         node = stack.pop()
@@ -156,8 +180,7 @@ def _parameters_outside_calls(outputs: Tensor, calls: list[Call]) -> set[int]:
                 "torch.autograd.grad: their gradient would silently be zero. Use use_reentrant=False."
             )
         if node in shortcut:
-            edge = shortcut[node]
-            stack.append(edge.node if edge is not None else None)
+            stack.extend(edge.node for edge in shortcut[node])
             continue
         leaf = getattr(node, "variable", None)
         if leaf is not None:

@@ -1,68 +1,233 @@
 """The inputs and output gradients of one layer for one output-space vector, and what approximations ask of them.
 
-Symbols: N examples, T positions (all calls of the layer, one after another), a (N, T, columns) inputs with the
-homogeneous coordinate where a bias is trained, g (N, T, d_out) output gradients.
+Symbols: N examples, T positions (all calls of the layer, one after another), a (N, T, groups, columns) inputs with the
+homogeneous coordinate where a bias is trained, g (N, T, groups, d_out) output gradients; size = groups * d_out *
+columns.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import reduce, singledispatch
+from operator import add
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.extensions.layers import Layer
-from curvlib.extensions.rule import AffineUse
+from curvlib.extensions.layers import AffineMap, Layer
+from curvlib.extensions.uses import DenseUse, InputMoments, LookupUse, Use, chunks_of
 
-# Numbers that one chunk of per-example gradients may hold: 64 MiB in float32.
-_CHUNK_NUMBERS = 2**24
+
+class MapFactors(ABC):
+    """All uses of one affine map in one forward pass.
+
+    Attributes:
+        map: the affine map.
+        uses: its calls; their positions follow one another.
+    """
+
+    map: AffineMap
+    uses: tuple[Use, ...]
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self.uses[0].examples
+
+    @property
+    def size(self) -> int:
+        """Entries of all (W b)."""
+        return self.map.groups * self.map.d_out * self.map.columns
+
+    @property
+    def g(self) -> Float[Tensor, "N T groups d_out"]:
+        """Output gradients of all calls."""
+        gradients = [use.g for use in self.uses]
+        joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=1)
+        return joined.unflatten(-1, (self.map.groups, self.map.d_out))
+
+    @abstractmethod
+    def chunk(self, start: int, stop: int) -> MapFactors:
+        """Return the factors of the examples from ``start`` to ``stop`` alone."""
+
+    def chunks(self, numbers: int = 0) -> Iterator[MapFactors]:
+        """Yield the factors of so many examples at a time that neither inputs nor ``numbers`` a example pass 64 MiB."""
+        for ends in chunks_of(self.examples, max(numbers, sum(use.numbers for use in self.uses))):
+            yield self.chunk(*ends)
+
+    @abstractmethod
+    def per_example_gradients(self) -> Float[Tensor, "N size"]:
+        """Return J_n^T v of this map, row by row of (W b), for all examples at once."""
+
+    @abstractmethod
+    def squared_gradients(self) -> Float[Tensor, " size"]:
+        """Return sum_n (J_n^T v)^2, entry by entry."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseFactors(MapFactors):
+    """Factors whose inputs are vectors."""
+
+    map: AffineMap
+    uses: tuple[DenseUse, ...]
+
+    @property
+    def inputs(self) -> Float[Tensor, "N T groups d_in"]:
+        """Inputs of all calls, without the homogeneous coordinate."""
+        inputs = [use.a for use in self.uses]
+        joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+        return joined.unflatten(-1, (self.map.groups, -1))
+
+    @property
+    def a(self) -> Float[Tensor, "N T groups columns"]:
+        """Inputs with the columns that belong to trained parameters: the weight's, and a one for the bias."""
+        if not self.map.weight:
+            return self.g.new_ones(*self.g.shape[:3], 1)
+        inputs = self.inputs
+        return torch.cat([inputs, inputs.new_ones(*inputs.shape[:3], 1)], dim=3) if self.map.bias else inputs
+
+    def chunk(self, start: int, stop: int) -> DenseFactors:
+        """Return the factors of some examples; inputs are made for these alone."""
+        return DenseFactors(self.map, tuple(use.chunk(start, stop) for use in self.uses))
+
+    def moments(self) -> InputMoments:
+        """Return the sums of a a^T and of a over examples and positions, without the homogeneous coordinate."""
+        return reduce(add, (use.moments(self.map.groups) for use in self.uses))
+
+    def per_example_gradients(self) -> Float[Tensor, "N size"]:
+        """Return sum_t g_t a_t^T of every example."""
+        return torch.einsum("ntgo,ntgi->ngoi", self.g, self.a).flatten(1)
+
+    def squared_gradients(self) -> Float[Tensor, " size"]:
+        """Return the sum of squares.
+
+        With one position (g_o a_i)^2 = g_o^2 a_i^2: one matrix product, no per-example gradient is made.
+        """
+        total: Tensor | int = 0
+        for part in self.chunks(self.size):
+            g, a = part.g, part.a
+            if g.shape[1] == 1:
+                squares = torch.einsum("ngo,ngi->goi", g.squeeze(1).square(), a.squeeze(1).square()).flatten()
+            else:
+                squares = torch.einsum("ntgo,ntgi->ngoi", g, a).square().sum(0).flatten()
+            total = total + squares
+        assert isinstance(total, Tensor)  # there is at least one example
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class LookupFactors(MapFactors):
+    """Factors whose inputs are sparse: one group, no bias."""
+
+    map: AffineMap
+    uses: tuple[LookupUse, ...]
+
+    def chunk(self, start: int, stop: int) -> LookupFactors:
+        """Return the factors of some examples."""
+        return LookupFactors(self.map, tuple(use.chunk(start, stop) for use in self.uses))
+
+    def per_example_gradients(self) -> Float[Tensor, "N size"]:
+        """Return the gradients, dense: W is (d_out, d_in), a column for each index."""
+        rows, columns, values = self._entries()
+        result = values.new_zeros(self.examples * self.map.columns, self.map.d_out)
+        result.index_add_(0, rows * self.map.columns + columns, values)
+        return result.view(self.examples, self.map.columns, self.map.d_out).transpose(1, 2).flatten(1)
+
+    def squared_gradients(self) -> Float[Tensor, " size"]:
+        """Return the sum of squares: entries of one example and index are added up before they are squared."""
+        rows, columns, values = self._entries()
+        keys, places = torch.unique(rows * self.map.columns + columns, return_inverse=True)
+        sums = values.new_zeros(len(keys), self.map.d_out).index_add_(0, places, values)
+        result = values.new_zeros(self.map.columns, self.map.d_out)
+        return result.index_add_(0, keys % self.map.columns, sums.square()).T.flatten()
+
+    def squared_inputs(self) -> Float[Tensor, " d_in"]:
+        """Return the diagonal of sum_{n,t} a a^T, by the sparse inputs alone."""
+        total = torch.zeros(self.map.columns, dtype=self.uses[0].g.dtype, device=self.uses[0].g.device)
+        for use in self.uses:
+            c, i = use.coefficients.to(total.dtype), use.indices
+            position = torch.arange(i.shape[0] * i.shape[1], device=i.device).view(*i.shape[:2], 1).expand_as(i)
+            keys, places = torch.unique(position * self.map.columns + i, return_inverse=True)
+            sums = total.new_zeros(len(keys)).index_add_(0, places.flatten(), c.flatten())
+            total.index_add_(0, keys % self.map.columns, sums.square())
+        return total
+
+    def averaged(self) -> LookupFactors:
+        """Return one position an example: the mean of its inputs and the sum of its output gradients."""
+        positions = sum(use.indices.shape[1] for use in self.uses)
+        indices = torch.cat([use.indices.flatten(1) for use in self.uses], dim=1).unsqueeze(1)
+        coefficients = torch.cat([use.coefficients.flatten(1) for use in self.uses], dim=1).unsqueeze(1) / positions
+        g = self.g.squeeze(2).sum(1, keepdim=True)
+        return LookupFactors(self.map, (LookupUse(indices, coefficients, g),))
+
+    @property
+    def positions(self) -> int:
+        """T of all calls together."""
+        return sum(use.indices.shape[1] for use in self.uses)
+
+    def _entries(self) -> tuple[Tensor, Tensor, Float[Tensor, "E d_out"]]:
+        """Return example, index and gradient of every entry of the sparse inputs."""
+        rows, columns, values = [], [], []
+        for use in self.uses:
+            n = torch.arange(use.examples, device=use.indices.device).view(-1, 1, 1).expand_as(use.indices)
+            g = use.g
+            value = use.coefficients.to(g.dtype).unsqueeze(3) * g.unsqueeze(2)  # (N, T, S, d_out)
+            rows.append(n.flatten())
+            columns.append(use.indices.flatten())
+            values.append(value.flatten(0, 2))
+        return torch.cat(rows), torch.cat(columns), torch.cat(values)
+
+
+@singledispatch
+def map_factors(first: Use, affine_map: AffineMap, uses: tuple[Use, ...]) -> MapFactors:
+    """Return the factors that uses of the first one's kind make."""
+    raise TypeError(f"no factors are known for uses of type {type(first).__name__}.")
+
+
+@map_factors.register
+def _(first: DenseUse, affine_map: AffineMap, uses: tuple[DenseUse, ...]) -> MapFactors:
+    return DenseFactors(affine_map, uses)
+
+
+@map_factors.register
+def _(first: LookupUse, affine_map: AffineMap, uses: tuple[LookupUse, ...]) -> MapFactors:
+    return LookupFactors(affine_map, uses)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
-    """All uses of a layer in one forward pass; per-example gradients are J_n^T v = sum_t g_t a_t^T.
+    """All uses of a layer in one forward pass; J_n^T v is the sum over its maps of sum_t g_t a_t^T.
 
     Attributes:
         layer: the layer.
-        uses: its calls; their positions follow one another.
+        maps: the factors of those of its maps that were used.
     """
 
     layer: Layer
-    uses: tuple[AffineUse, ...]
+    maps: tuple[MapFactors, ...]
 
-    @cached_property
-    def inputs(self) -> Float[Tensor, "N T d_in"]:
-        """Inputs of all calls, without the homogeneous coordinate."""
-        return self.uses[0].a if len(self.uses) == 1 else torch.cat([use.a for use in self.uses], dim=1)
+    def per_example_gradients(self) -> Iterator[Float[Tensor, "n size"]]:
+        """Yield J_n^T v in the layer's own order, for chunks of n examples that hold at most 64 MiB."""
+        inputs = max(sum(use.numbers for use in factors.uses) for factors in self.maps)
+        for ends in chunks_of(self.maps[0].examples, max(self.layer.size, inputs)):
+            yield reduce(add, (_in_layer_order(factors.chunk(*ends)) for factors in self.maps))
 
-    @cached_property
-    def g(self) -> Float[Tensor, "N T d_out"]:
-        """Output gradients of all calls."""
-        return self.uses[0].g if len(self.uses) == 1 else torch.cat([use.g for use in self.uses], dim=1)
-
-    @cached_property
-    def a(self) -> Float[Tensor, "N T columns"]:
-        """Inputs with the columns that belong to trained parameters: the weight's, and a one for the bias."""
-        parts = [self.inputs] if self.layer.weight is not None else []
-        if self.layer.bias is not None:
-            parts.append(self.inputs.new_ones(*self.inputs.shape[:2], 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-    def per_example_gradients(self) -> Iterator[Float[Tensor, "n d_out*columns"]]:
-        """Yield J_n^T v of this layer, row by row of (W b), for chunks of n examples that hold at most 64 MiB."""
-        chunk = max(1, _CHUNK_NUMBERS // (self.layer.d_out * self.layer.columns))
-        for a, g in zip(self.a.split(chunk), self.g.split(chunk), strict=True):
-            yield torch.einsum("nto,nti->noi", g, a).flatten(1)
-
-    def squared_gradients(self) -> Float[Tensor, " d_out*columns"]:
-        """Return sum_n (J_n^T v)^2, entry by entry.
-
-        With one position (g_o a_i)^2 = g_o^2 a_i^2: one matrix product, no per-example gradient is made.
-        """
-        if self.g.shape[1] == 1:
-            return (self.g.squeeze(1).square().T @ self.a.squeeze(1).square()).flatten()
+    def squared_gradients(self) -> Float[Tensor, " size"]:
+        """Return sum_n (J_n^T v)^2, entry by entry."""
+        if len(self.maps) == 1 and self.maps[0].map.order is None:
+            return self.maps[0].squared_gradients()
         parts = [rows.square().sum(0) for rows in self.per_example_gradients()]
         return torch.stack(parts).sum(0)
+
+    def touches_others(self, example: int) -> bool:
+        """Return whether an output gradient of another example than the given one is not zero. Waits for the device."""
+        gradients = [use.g for factors in self.maps for use in factors.uses]
+        return any(bool(g[:example].any() or g[example + 1 :].any()) for g in gradients)
+
+
+def _in_layer_order(factors: MapFactors) -> Float[Tensor, "n size"]:
+    rows, order = factors.per_example_gradients(), factors.map.order
+    return rows if order is None else torch.empty_like(rows).index_copy_(1, order, rows)

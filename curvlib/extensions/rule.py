@@ -10,75 +10,115 @@ works in a plain ``with backpack(PositionFactors()):`` block; curvlib drives it 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar
 
-import torch
 from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, FirstOrderModuleExtension
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from curvlib.extensions.uses import AffineUse, InputMoments, Use, chunks_of, moments_of_rows
 
-@dataclass(frozen=True, eq=False)
-class AffineUse:
-    """One call of a module, seen as an affine map; both factors are made when first asked for.
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One affine map inside a module: where its weight W and its bias b are kept.
 
     Attributes:
-        rule: the rule of the module's class.
-        module: the module.
-        input: what the module was called with.
-        output_gradient: J^T v at the module's output.
+        name: what distinguishes it from the module's other maps; "" for the only one.
+        weight: attribute of the module, dotted for one of a submodule.
+        bias: likewise, or None where the map has no such attribute.
+        weight_rows: which rows of the weight belong to the map, (first, end); None for all.
+        bias_rows: likewise of the bias.
+        groups: how many maps of equal shape stand side by side, each with inputs and outputs of its own.
     """
 
-    rule: LayerRule
-    module: nn.Module
-    input: Tensor
-    output_gradient: Tensor
-
-    @cached_property
-    def a(self) -> Float[Tensor, "N T d_in"]:
-        """Inputs of the affine map, without the homogeneous coordinate, in float32 at least."""
-        return _at_least_float32(self.rule.inputs(self.module, self.input.detach()))
-
-    @cached_property
-    def g(self) -> Float[Tensor, "N T d_out"]:
-        """Gradients of the affine map's outputs, in float32 at least."""
-        return _at_least_float32(self.rule.output_gradients(self.module, self.output_gradient.detach()))
+    name: str = ""
+    weight: str = "weight"
+    bias: str | None = "bias"
+    weight_rows: tuple[int, int] | None = None
+    bias_rows: tuple[int, int] | None = None
+    groups: int = 1
 
 
 class LayerRule(FirstOrderModuleExtension):
     """How a module is an affine map y_t = W a_t + b used at T positions.
 
     A subclass gives :meth:`inputs` and :meth:`output_gradients`, and :meth:`weight_matrix` if the weight does not
-    become the (d_out, d_in) matrix W by flattening all its dimensions but the first. The module's parameters must be
-    called ``weight`` and ``bias`` (which may be None).
+    become the (d_out, d_in) matrix W by flattening all its dimensions but the first. Parameters with other names than
+    ``weight`` and ``bias``, groups, and several maps in one module are said by :meth:`parts`; with several maps
+    :meth:`uses` takes the place of the first two methods.
+
+    Attributes:
+        elementwise: whether W is a scale of each feature, so that a diagonal is K-FAC's block.
+        sparse: whether the uses are lookups, so that K-FAC's A is diagonal.
     """
 
-    def __init__(self) -> None:
-        super().__init__(params=["weight", "bias"])
+    elementwise: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
-    def inputs(self, module: nn.Module, x: Tensor) -> Float[Tensor, "N T d_in"]:
-        """Return a from the tensor that the module was called with, without a homogeneous coordinate."""
+    def __init__(self, parameters: tuple[str, ...] = ("weight", "bias")) -> None:
+        # BackPACK calls the method of each parameter's name; one use serves them all.
+        for name in parameters:
+            setattr(self, name, self._backpack_entry)
+        super().__init__(params=list(parameters))
+
+    def inputs(self, module: nn.Module, x: Any) -> Float[Tensor, "N T d_in"]:
+        """Return a from what :meth:`call_input` kept, without a homogeneous coordinate; groups one after another."""
         raise TypeError(f"{type(self).__name__} must define inputs(module, x) -> (N, T, d_in).")
 
     def output_gradients(self, module: nn.Module, g: Tensor) -> Float[Tensor, "N T d_out"]:
-        """Return g from the gradient at the module's output."""
+        """Return g from the gradient at the module's output; groups one after another."""
         raise TypeError(f"{type(self).__name__} must define output_gradients(module, g) -> (N, T, d_out).")
 
     def weight_matrix(self, module: nn.Module, weight: Tensor) -> Int[Tensor, "d_out d_in"]:
-        """Return a tensor of the weight's shape rearranged as the matrix W of the affine map."""
+        """Return a tensor of the weight's shape as the matrix W of the affine map; groups one below the other."""
         return weight.reshape(weight.shape[0], -1)
 
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        """Return the affine maps of the module."""
+        return (Part(),)
+
+    def refusal(self, module: nn.Module) -> str:
+        """Return why this module cannot be treated, because of an option, or ""."""
+        return ""
+
     def call_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the tensor that the affine map acts on, from the arguments of the module's call."""
+        """Return what the map acts on, from the arguments of the call: a tensor, or a tuple with tensors in it.
+
+        Every tensor in it has the examples first (see :meth:`uses` for modules that want it otherwise).
+        """
         return args[0] if args else kwargs["input"]
 
-    def weight(self, ext: Any, module: nn.Module, g_inp: Any, g_out: tuple[Tensor, ...], bp: Any) -> AffineUse:
-        """BackPACK's entry for the weight: the use (a, g) of this call."""
-        return AffineUse(self, module, vars(module)["input0"], g_out[0])
+    def call_output(self, output: Any) -> Tensor:
+        """Return the tensor of the call's result whose gradient :meth:`uses` takes."""
+        return output
 
-    # One use serves the whole layer: the bias is the weight of a constant input of one.
-    bias = weight
+    def uses(self, module: nn.Module, x: Any, g: Tensor) -> tuple[Use, ...]:
+        """Return the use of each of :meth:`parts` in one call.
+
+        Args:
+            module: the module.
+            x: what :meth:`call_input` kept.
+            g: J^T v at :meth:`call_output`.
+        """
+        return (AffineUse(self, module, x, g),)
+
+    def input_numbers(self, module: nn.Module, x: Any, g: Tensor) -> int:
+        """Return how many numbers the inputs a of one example take; what bounds the examples that are taken at once."""
+        return x[0].numel() if isinstance(x, Tensor) else 1
+
+    def input_moments(self, use: AffineUse, groups: int) -> InputMoments:
+        """Return the sums of a a^T and of a over all examples and positions; here from the inputs, chunk by chunk."""
+        parts = (use.chunk(*ends) for ends in chunks_of(use.examples, use.numbers))
+        return reduce(add, (moments_of_rows(part.a.flatten(0, 1).unflatten(-1, (groups, -1))) for part in parts))
+
+    def _backpack_entry(
+        self, ext: Any, module: nn.Module, g_inp: Any, g_out: tuple[Tensor, ...], bp: Any
+    ) -> tuple[Use, ...] | Use:
+        uses = self.uses(module, vars(module)["input0"], g_out[0])
+        return uses[0] if len(uses) == 1 else uses
 
 
 class PositionFactors(FirstOrderBackpropExtension):
@@ -106,8 +146,8 @@ class PositionFactors(FirstOrderBackpropExtension):
         if rule is not None:
             rule(self, module, g_inp, g_out)
 
-    def collect(self, module: nn.Module, x: Tensor, output_gradient: Tensor) -> AffineUse:
-        """Run the rule of one call outside BackPACK's own hooks and return its use.
+    def collect(self, module: nn.Module, x: Any, output_gradient: Tensor) -> tuple[Use, ...]:
+        """Run the rule of one call outside BackPACK's own hooks and return its uses.
 
         The tensors that BackPACK expects on the module are put into its ``__dict__`` for the duration of the call, so
         that a submodule or parameter of the same name is neither hit nor lost.
@@ -121,12 +161,16 @@ class PositionFactors(FirstOrderBackpropExtension):
             for name in ("input0", "output"):
                 del vars(module)[name]
             vars(module).update(before)
-        uses = []
-        for parameter in (module.weight, module.bias):
+        saved = []
+        for parameter in module._parameters.values():
             if parameter is not None and hasattr(parameter, self.savefield):
-                uses.append(getattr(parameter, self.savefield))
+                saved.append(getattr(parameter, self.savefield))
                 delattr(parameter, self.savefield)
-        return uses[0]
+        if not saved:  # all that is trained belongs to submodules, where BackPACK does not look
+            rule, _ = find_rule(module)
+            assert rule is not None  # it was planned with one
+            return rule.uses(module, x, output_gradient)
+        return saved[0] if isinstance(saved[0], tuple) else (saved[0],)
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
@@ -136,7 +180,7 @@ def register(module_type: type[nn.Module], rule: LayerRule) -> None:
     """Make ``rule`` the rule of ``module_type`` and of its subclasses that keep its ``forward``.
 
     Args:
-        module_type: a module class with parameters named ``weight`` and ``bias`` (``bias`` may be None).
+        module_type: a module class.
         rule: an instance of a :class:`LayerRule` subclass. A rule that was there before is replaced.
 
     Raises:
@@ -164,15 +208,13 @@ def find_rule(module: nn.Module) -> tuple[LayerRule | None, str]:
     """Return the rule of a module and "", or None and the reason why it has none.
 
     The nearest class along the method resolution order with a rule counts, but only while the module's ``forward`` is
-    still that class's: a subclass that computes something else must register a rule of its own.
+    still that class's: a subclass that computes something else must register a rule of its own. A rule may refuse a
+    module because of one of its options.
     """
     for base in type(module).__mro__:
         if base in _RULES:
             if "forward" in vars(module) or type(module).forward is not base.forward:
                 return None, f"{type(module).__name__} overrides {base.__name__}.forward"
-            return _RULES[base], ""
+            reason = _RULES[base].refusal(module)
+            return (None, reason) if reason else (_RULES[base], "")
     return None, f"no layer rule for {type(module).__name__}"
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

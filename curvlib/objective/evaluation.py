@@ -259,7 +259,7 @@ class Evaluation:
             vector = torch.zeros_like(self._outputs)
             vector[example] = _fixed_vector(vector[0].numel(), vector).view_as(vector[0])
             for factors in self.layer_factors(vector):
-                if bool(factors.g[:example].any() or factors.g[example + 1 :].any()):
+                if factors.touches_others(example):
                     self.objective.forget("independence of examples")
                     raise UnsupportedLayerError(
                         f"the examples of a batch meet in the model: outputs of one depend on other rows of layer "

@@ -100,8 +100,8 @@ def test_sharing_and_in_place_operations_are_right(make):
 
 def test_calls_of_one_layer_are_positions():
     _, evaluation = evaluate(CalledTwice().double(), torch.randn(5, 3).double(), torch.randn(5, 3).double())
-    positions = {f.layer.name: f.a.shape for f in evaluation.layer_factors(torch.ones(5, 3).double())}
-    assert positions == {"first": (5, 1, 4), "again": (5, 2, 4)}
+    positions = {f.layer.name: f.maps[0].a.shape for f in evaluation.layer_factors(torch.ones(5, 3).double())}
+    assert positions == {"first": (5, 1, 1, 4), "again": (5, 2, 1, 4)}
 
 
 def test_tied_modules_are_one_layer():
@@ -366,6 +366,7 @@ def test_rules_work_in_a_plain_backpack_block():
 def test_the_plan_lists_layers_in_the_models_order():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     plan = plan_layers(model, ParameterLayout.of(model))
-    assert [(layer.name, layer.d_out, layer.columns) for layer in plan.layers] == [("0", 4, 4), ("2", 2, 5)]
+    maps = [layer.maps[0] for layer in plan.layers]
+    assert [(part.name, part.d_out, part.columns) for part in maps] == [("0", 4, 4), ("2", 2, 5)]
     covered = torch.cat([layer.coordinates for layer in plan.layers]).sort().values
     assert torch.equal(covered, torch.arange(4 * 4 + 2 * 5))

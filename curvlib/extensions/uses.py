@@ -1,0 +1,254 @@
+"""Uses: what one call of a module means for one affine map, for one output-space vector v.
+
+Symbols: N examples, T positions, ``groups`` independent maps side by side (1 but for grouped convolutions and for
+scales and shifts), a (N, T, groups * d_in) inputs without the homogeneous coordinate, g (N, T, groups * d_out)
+gradients of the map's outputs. The part of J^T v that belongs to the weight W of one example is sum_t g_t a_t^T, group by group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from curvlib.extensions.rule import LayerRule
+
+# Numbers that the inputs or the per-example gradients of one chunk of examples may hold: 64 MiB in float32.
+_CHUNK_NUMBERS = 2**24
+
+
+class Use(ABC):
+    """One call of a module, seen as one affine map; all examples, or some of them."""
+
+    @property
+    @abstractmethod
+    def g(self) -> Float[Tensor, "N T d_out"]:
+        """Gradients of the affine map's outputs, in float32 at least."""
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """Numbers that the inputs of one example take, when they are made."""
+
+    @abstractmethod
+    def chunk(self, start: int, stop: int) -> Self:
+        """Return the use by the examples from ``start`` to ``stop`` alone."""
+
+
+class DenseUse(Use):
+    """A use whose inputs are vectors."""
+
+    @property
+    @abstractmethod
+    def a(self) -> Float[Tensor, "N T d_in"]:
+        """Inputs of the affine map, without the homogeneous coordinate, in float32 at least."""
+
+    def moments(self, groups: int) -> InputMoments:
+        """Return the sums over examples and positions that K-FAC's A is made of, without all inputs at once."""
+        return moments_of_rows(self.a.flatten(0, 1).unflatten(-1, (groups, -1)))
+
+
+@dataclass(frozen=True, eq=False)
+class AffineUse(DenseUse):
+    """One call of a module that is one affine map; both factors are made when first asked for.
+
+    Attributes:
+        rule: the rule of the module's class.
+        module: the module.
+        input: what the rule has kept of the call's arguments: a tensor, or a tuple with tensors in it.
+        output_gradient: J^T v at the module's output.
+    """
+
+    rule: LayerRule
+    module: nn.Module
+    input: Any
+    output_gradient: Tensor
+
+    @cached_property
+    def a(self) -> Float[Tensor, "N T d_in"]:
+        """Inputs of the affine map, without the homogeneous coordinate, in float32 at least."""
+        return at_least_float32(self.rule.inputs(self.module, detached(self.input)))
+
+    @cached_property
+    def g(self) -> Float[Tensor, "N T d_out"]:
+        """Gradients of the affine map's outputs, in float32 at least."""
+        return at_least_float32(self.rule.output_gradients(self.module, self.output_gradient.detach()))
+
+    @property
+    def examples(self) -> int:
+        """N, as the output's gradient has it."""
+        return self.output_gradient.shape[0]
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers of one example's inputs, as the rule foresees them."""
+        return self.rule.input_numbers(self.module, self.input, self.output_gradient)
+
+    def chunk(self, start: int, stop: int) -> AffineUse:
+        """Return the use by some examples; inputs are made for these alone."""
+        if (start, stop) == (0, self.examples):
+            return self
+        return AffineUse(self.rule, self.module, sliced(self.input, start, stop), self.output_gradient[start:stop])
+
+    def moments(self, groups: int) -> InputMoments:
+        """Return the sums for A by the rule, which may know a way without the inputs themselves."""
+        return self.rule.input_moments(self, groups)
+
+
+@dataclass(frozen=True, eq=False)
+class PositionUse(DenseUse):
+    """A use whose factors are at hand, as those of the maps inside of a larger module.
+
+    Attributes:
+        a: (N, T, d_in) inputs.
+        g: (N, T, d_out) gradients of the outputs.
+    """
+
+    a: Float[Tensor, "N T d_in"]
+    g: Float[Tensor, "N T d_out"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "a", at_least_float32(self.a.detach()))
+        object.__setattr__(self, "g", at_least_float32(self.g.detach()))
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self.g.shape[0]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one example's inputs."""
+        return self.a[0].numel()
+
+    def chunk(self, start: int, stop: int) -> PositionUse:
+        """Return the use by some examples (views)."""
+        return PositionUse(self.a[start:stop], self.g[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class LookupUse(Use):
+    """A use whose inputs are sparse: a_t = sum_s c_ts e(i_ts), e(i) the i-th unit vector of R^d_in; never one-hot.
+
+    Attributes:
+        indices: (N, T, S) the numbers i, S of them at each position.
+        coefficients: (N, T, S) the numbers c; 0 leaves an index out.
+        output_gradient: (N, T, d_out).
+    """
+
+    indices: Int[Tensor, "N T S"]
+    coefficients: Float[Tensor, "N T S"]
+    output_gradient: Float[Tensor, "N T d_out"]
+
+    @property
+    def g(self) -> Float[Tensor, "N T d_out"]:
+        """Gradients of the looked-up rows, in float32 at least."""
+        return at_least_float32(self.output_gradient.detach())
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self.indices.shape[0]
+
+    @property
+    def numbers(self) -> int:
+        """Indices of one example."""
+        return self.indices[0].numel()
+
+    def chunk(self, start: int, stop: int) -> LookupUse:
+        """Return the use by some examples (views)."""
+        return LookupUse(self.indices[start:stop], self.coefficients[start:stop], self.output_gradient[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Sums over examples and positions of one group after another.
+
+    Attributes:
+        outer: (groups, d_in, d_in) sum of a a^T.
+        total: (groups, d_in) sum of a.
+        count: how many a.
+    """
+
+    outer: Float[Tensor, "groups d_in d_in"]
+    total: Float[Tensor, "groups d_in"]
+    count: int
+
+    def __add__(self, other: InputMoments) -> InputMoments:
+        return InputMoments(self.outer + other.outer, self.total + other.total, self.count + other.count)
+
+
+def moments_of_rows(rows: Float[Tensor, "R groups d_in"]) -> InputMoments:
+    """Return the sums of given inputs."""
+    return InputMoments(grouped_gram(rows), rows.sum(0), rows.shape[0])
+
+
+def grouped_gram(rows: Float[Tensor, "R groups d"]) -> Float[Tensor, "groups d d"]:
+    """Return X^T X for the rows X of every group."""
+    if rows.shape[1] == 1:
+        return gram(rows.squeeze(1)).unsqueeze(0)
+    by_group = rows.transpose(0, 1)
+    return by_group.transpose(1, 2) @ by_group
+
+
+# Narrower blocks save more products (half of them in the limit) but run slower; measured on CPUs from 128 to 1024.
+_BLOCK = 192
+
+
+def gram(X: Float[Tensor, "R d"]) -> Float[Tensor, "d d"]:
+    """Return X^T X, block row by block row of its lower triangle, mirrored: about (d + 192) / 2d of the products."""
+    d = X.shape[1]
+    if d <= 2 * _BLOCK:
+        return X.T @ X
+    result = X.new_empty(d, d)
+    for start in range(0, d, _BLOCK):
+        stop = min(start + _BLOCK, d)
+        torch.mm(X[:, start:stop].T, X[:, :stop], out=result[start:stop, :stop])
+        result[:start, start:stop] = result[start:stop, :start].T
+    return result
+
+
+def chunks_of(examples: int, numbers: int) -> Iterator[tuple[int, int]]:
+    """Yield the ends of chunks of examples, each example with so many numbers, that hold at most 64 MiB in float32."""
+    step = max(1, _CHUNK_NUMBERS // max(1, numbers))
+    for start in range(0, examples, step):
+        yield start, min(start + step, examples)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32 or, if it has more digits, as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a tensor, or of a tuple of tensors, tuples and other things."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, tuple) else []
+
+
+def detached(value: Any) -> Any:
+    """Return what a rule has kept of a call, without graphs."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return tuple(map(detached, value)) if isinstance(value, tuple) else value
+
+
+def sliced(value: Any, start: int, stop: int) -> Any:
+    """Return what a rule has kept of a call for some examples: slices of its tensors, all else as it is."""
+    if isinstance(value, Tensor):
+        return value[start:stop]
+    return tuple(sliced(item, start, stop) for item in value) if isinstance(value, tuple) else value
