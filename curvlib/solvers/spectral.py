@@ -82,7 +82,7 @@ def _(operator: LinearOperator) -> LinearOperator:
 
 @_eigen.register
 def _(operator: Dense) -> LinearOperator:
-    e, Q = eigendecomposition(operator)
+    e, Q = eigendecomposition(operator.matrix, f"The matrix of {operator!r}")
     return KroneckerEigen((Q,), e)
 
 
@@ -122,7 +122,7 @@ def _(operator: BlockDiagonal) -> LinearOperator:
 @singledispatch
 def _spectrum(operator: LinearOperator) -> KroneckerEigen:
     """Return one Kronecker factor as bases and eigenvalues."""
-    e, Q = eigendecomposition(Dense(operator.to_dense()))
+    e, Q = eigendecomposition(operator.to_dense(), f"The matrix of {operator!r}")
     return KroneckerEigen((Q,), e)
 
 
