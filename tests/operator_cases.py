@@ -14,6 +14,8 @@ from curvlib.operators import (
     Identity,
     Kronecker,
     KroneckerEigen,
+    KroneckerEigenStack,
+    KroneckerStack,
     LinearOperator,
     LowRank,
     MatrixFree,
@@ -195,6 +197,40 @@ def kronecker_eigen_with_identity(d: Draw):
     return KroneckerEigen((None, Q, None), e), basis @ torch.diag(e.reshape(-1)) @ basis.T
 
 
+def _stacked(blocks: list[Tensor]) -> Tensor:
+    n = len(blocks[0])
+    ranges = torch.arange(n * len(blocks)).reshape(-1, n)
+    return _matrix_of(list(zip(blocks, ranges, strict=True)), n * len(blocks))
+
+
+def kronecker_stack(d: Draw):
+    G, A = (torch.stack([d.symmetric(n) for _ in range(3)]) for n in (d.integer(1, 3), d.integer(1, 3)))
+    return KroneckerStack((G, A)), _stacked([_kron(*pair) for pair in zip(G, A, strict=True)])
+
+
+def kronecker_stack_of_three(d: Draw):
+    count = d.integer(1, 2)
+    factors = tuple(torch.stack([d.symmetric(n) for _ in range(count)]) for n in (2, d.integer(1, 2), 2))
+    return KroneckerStack(factors), _stacked([_kron(*block) for block in zip(*factors, strict=True)])
+
+
+def kronecker_eigen_stack(d: Draw):
+    n, m = d.integer(1, 3), d.integer(1, 3)
+    Q, R = (torch.stack([d.orthogonal(size) for _ in range(2)]) for size in (n, m))
+    e = d.values(2, n, m)
+    bases = [_kron(*pair) for pair in zip(Q, R, strict=True)]
+    blocks = [U @ torch.diag(values.reshape(-1)) @ U.T for U, values in zip(bases, e, strict=True)]
+    return KroneckerEigenStack((Q, R), e), _stacked(blocks)
+
+
+def kronecker_eigen_stack_with_identity(d: Draw):
+    Q, e = torch.stack([d.orthogonal(3) for _ in range(2)]), d.values(2, 2, 3, 1)
+    eye = torch.eye(2, dtype=d.dtype, device=d.device)
+    bases = [_kron(eye, basis) for basis in Q]
+    blocks = [U @ torch.diag(values.reshape(-1)) @ U.T for U, values in zip(bases, e, strict=True)]
+    return KroneckerEigenStack((None, Q, None), e), _stacked(blocks)
+
+
 def low_rank(d: Draw):
     n, r = d.integer(1, 6), d.integer(0, 7)
     U, w, v = d.normal(n, r), d.values(r), d.values(n)
@@ -243,6 +279,10 @@ CASES: dict[str, Callable[[Draw], tuple[LinearOperator, Tensor]]] = {
         kronecker_of_any,
         kronecker_eigen,
         kronecker_eigen_with_identity,
+        kronecker_stack,
+        kronecker_stack_of_three,
+        kronecker_eigen_stack,
+        kronecker_eigen_stack_with_identity,
         low_rank,
         low_rank_alone,
         matrix_free,

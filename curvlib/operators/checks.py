@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-from jaxtyping import Shaped
+import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+from curvlib.operators.state import OperatorError
 
 
 def check_tensor(owner: str, name: str, value: Shaped[Tensor, " ..."], shape: tuple[int | str, ...]) -> None:
@@ -64,3 +67,39 @@ def sum_of_logs(values: Shaped[Tensor, " D"], owner: str, damping: float) -> Sha
             f"{smallest} occurs in its spectrum: use a damping above {damping - smallest}."
         )
     return values.log().sum()
+
+
+def is_symmetric(M: Float[Tensor, "*B d d"]) -> Bool[Tensor, "*B"]:
+    """Return for each matrix whether it is finite, and symmetric up to rounding, without waiting for the device.
+
+    Rounding means max |M - M^T| <= tol max |M| with tol = max(1e-5, sqrt(eps)): far above what summation in another
+    order leaves in a matrix of float32 precision, far below a mistake.
+    """
+    largest, asymmetry = M.abs().amax((-2, -1)), (M - M.mT).abs().amax((-2, -1))
+    tolerance = max(1e-5, torch.finfo(M.dtype).eps ** 0.5)
+    # Comparisons with NaN are false.
+    return (asymmetry <= tolerance * largest) & (largest < math.inf)
+
+
+def symmetrized(M: Float[Tensor, "*B d d"], label: str) -> Float[Tensor, "*B d d"]:
+    """Return (M + M^T) / 2 after checking that every matrix is finite, and symmetric as :func:`is_symmetric` says.
+
+    Raises:
+        OperatorError: an entry is not finite, or a matrix is not symmetric.
+    """
+    correct = is_symmetric(M)
+    if bool(correct.all()):
+        return (M + M.mT) / 2
+    first = int((~correct).reshape(-1).nonzero()[0])
+    where = label if M.ndim == 2 else f"Matrix {first} of {label}"
+    M = M.reshape(-1, *M.shape[-2:])[first]
+    bad = int((~M.isfinite()).sum())
+    if bad:
+        raise OperatorError(
+            f"{where} has {bad} entries that are not finite: skip this update, and look for overflow in the "
+            "statistics it was made of."
+        )
+    raise OperatorError(
+        f"{where} must be symmetric, but max|M - M^T| = {float((M - M.T).abs().max()):.3g} at max|M| = "
+        f"{float(M.abs().max()):.3g}: pass (M + M.T) / 2 if that is what you mean."
+    )

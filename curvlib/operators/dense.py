@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from curvlib.operators.base import LinearOperator
-from curvlib.operators.checks import check_size, check_tensor, sum_of_logs
-from curvlib.operators.state import OperatorError
+from curvlib.operators.checks import check_size, check_tensor, sum_of_logs, symmetrized
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,26 +50,12 @@ class Dense(LinearOperator):
     def symmetric_matrix(self) -> Float[Tensor, "D D"]:
         """Return (M + M^T) / 2 after checking that M is finite, and symmetric up to rounding.
 
-        Rounding means max |M - M^T| <= tol max |M| with tol = max(1e-5, sqrt(eps)): far above what summation in another
-        order leaves in a matrix of float32 precision, far below a mistake.
+        Rounding means max |M - M^T| <= tol max |M| with tol = max(1e-5, sqrt(eps)).
 
         Raises:
             OperatorError: an entry is not finite, or the matrix is not symmetric.
         """
-        M = self.matrix
-        largest, asymmetry = float(M.abs().max()), float((M - M.T).abs().max())
-        if not largest < float("inf"):
-            bad = int((~M.isfinite()).sum())
-            raise OperatorError(
-                f"The matrix of {self!r} has {bad} entries that are not finite: skip this update, and look for "
-                "overflow in the statistics it was made of."
-            )
-        if asymmetry > max(1e-5, torch.finfo(M.dtype).eps ** 0.5) * largest:
-            raise OperatorError(
-                f"The matrix of {self!r} must be symmetric, but max|M - M^T| = {asymmetry:.3g} at max|M| = "
-                f"{largest:.3g}: pass (M + M.T) / 2 if that is what you mean."
-            )
-        return (M + M.T) / 2
+        return symmetrized(self.matrix, f"The matrix of {self!r}")
 
     @override
     def matmat(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:

@@ -18,6 +18,7 @@ from curvlib.operators.block_diagonal import BlockDiagonal
 from curvlib.operators.dense import Dense
 from curvlib.operators.diagonal import Diagonal, Identity, Shifted
 from curvlib.operators.kronecker import Kronecker, KroneckerEigen
+from curvlib.operators.kronecker_stack import KroneckerEigenStack, KroneckerStack
 from curvlib.operators.low_rank import LowRank
 
 
@@ -69,7 +70,13 @@ def _(operator: Kronecker, factor: float) -> LinearOperator | None:
 
 
 @absorb_factor.register
-def _(operator: KroneckerEigen, factor: float) -> LinearOperator:
+def _(operator: KroneckerStack, factor: float) -> LinearOperator:
+    return KroneckerStack((factor * operator.factors[0], *operator.factors[1:]))
+
+
+@absorb_factor.register(KroneckerEigen)
+@absorb_factor.register(KroneckerEigenStack)
+def _(operator: KroneckerEigen | KroneckerEigenStack, factor: float) -> LinearOperator:
     return operator.map(lambda eigenvalues: factor * eigenvalues)
 
 
@@ -112,8 +119,9 @@ def add_shift(operator: LinearOperator, shift: float) -> LinearOperator | None:
     return add_diagonal(operator, torch.full((operator.size,), shift, dtype=operator.dtype, device=operator.device))
 
 
-@add_shift.register
-def _(operator: KroneckerEigen, shift: float) -> LinearOperator:
+@add_shift.register(KroneckerEigen)
+@add_shift.register(KroneckerEigenStack)
+def _(operator: KroneckerEigen | KroneckerEigenStack, shift: float) -> LinearOperator:
     return operator.map(lambda eigenvalues: eigenvalues + shift)
 
 

@@ -2,7 +2,7 @@ r"""Factored Tikhonov regularisation of Kronecker blocks.
 
 Symbols: F_i (d_i, d_i) the factors of a block, i = 1 .. k; lambda the damping; p_i the share of factor i, with
 p_1 ... p_k = 1; A and G the input and output factor of a layer, the last and the first of ``Kronecker((G, A))``;
-gamma = sqrt(lambda).
+gamma = sqrt(lambda). In a stack of B blocks there are n_i and p_i for each block.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import singledispatch
-from math import exp, isfinite, log
+from math import isfinite
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from curvlib.operators import (
     BlockDiagonal,
     CholeskyInverse,
     Dense,
     Kronecker,
+    KroneckerStack,
     LinearOperator,
     Scaled,
     Shifted,
@@ -26,6 +31,7 @@ from curvlib.operators import (
 )
 from curvlib.solvers.damping_scale import checked_damping
 from curvlib.solvers.errors import SolveError
+from curvlib.solvers.factorization import damped_inverses
 from curvlib.solvers.inverse import damped_inverse, inverse_by_blocks
 
 
@@ -35,6 +41,15 @@ class Balance(ABC):
     @abstractmethod
     def shares(self, factors: tuple[LinearOperator, ...]) -> tuple[float, ...]:
         """Return p_1 ... p_k, positive numbers whose product is 1."""
+
+    def stack_shares(self, stack: KroneckerStack) -> Float[Tensor, "k B"]:
+        """Return the shares of each block of a stack, in float64.
+
+        Default: :meth:`shares` block by block, which is slow for many blocks; override it with batched operations.
+        """
+        blocks = zip(*stack.factors, strict=True)
+        shares = [self.shares(tuple(Dense(factor) for factor in block)) for block in blocks]
+        return torch.tensor(shares, dtype=torch.float64, device=stack.device).T
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,13 @@ class TraceNormPi(Balance):
 
     def shares(self, factors: tuple[LinearOperator, ...]) -> tuple[float, ...]:
         """Return the shares by the traces of the factors."""
-        means = [float(factor.trace()) / factor.size for factor in factors]
-        if not all(isfinite(mean) and mean > 0.0 for mean in means):
-            return (1.0,) * len(factors)
-        # In logarithms, since the product of many small means underflows.
-        logs = [log(mean) for mean in means]
-        center = sum(logs) / len(logs)
-        return tuple(exp(value - center) for value in logs)
+        means = torch.tensor([float(factor.trace()) / factor.size for factor in factors], dtype=torch.float64)
+        return tuple(_over_geometric_mean(means).tolist())
+
+    def stack_shares(self, stack: KroneckerStack) -> Float[Tensor, "k B"]:
+        """Return the shares of each block by the traces of its own factors."""
+        traces = [factor.diagonal(dim1=1, dim2=2).double().mean(1) for factor in stack.factors]
+        return _over_geometric_mean(torch.stack(traces))
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,10 @@ class UnitPi(Balance):
     def shares(self, factors: tuple[LinearOperator, ...]) -> tuple[float, ...]:
         """Return ones."""
         return (1.0,) * len(factors)
+
+    def stack_shares(self, stack: KroneckerStack) -> Float[Tensor, "k B"]:
+        """Return ones."""
+        return _for_every_block((1.0,) * len(stack.factors), stack)
 
 
 @dataclass(frozen=True)
@@ -87,9 +106,32 @@ class FixedPi(Balance):
         Raises:
             ValueError: the block has not two factors.
         """
-        if len(factors) != 2:
-            raise ValueError(f"FixedPi needs blocks of two factors, got {len(factors)}: use TraceNormPi or UnitPi.")
+        return self._pair(len(factors))
+
+    def stack_shares(self, stack: KroneckerStack) -> Float[Tensor, "k B"]:
+        """Return (1 / pi, pi) for every block.
+
+        Raises:
+            ValueError: the blocks have not two factors.
+        """
+        return _for_every_block(self._pair(len(stack.factors)), stack)
+
+    def _pair(self, count: int) -> tuple[float, float]:
+        if count != 2:
+            raise ValueError(f"FixedPi needs blocks of two factors, got {count}: use TraceNormPi or UnitPi.")
         return (1.0 / self.pi, self.pi)
+
+
+def _over_geometric_mean(means: Float[Tensor, "k *B"]) -> Float[Tensor, "k *B"]:
+    """Return n_i / (n_1 ... n_k)^(1/k), and 1 where one of n_1 .. n_k is not positive or not finite."""
+    # In logarithms, since the product of many small means underflows.
+    logs = means.log()
+    return torch.where(logs.isfinite().all(0), (logs - logs.mean(0)).exp(), 1.0)
+
+
+def _for_every_block(shares: tuple[float, ...], stack: KroneckerStack) -> Float[Tensor, "k B"]:
+    column = torch.tensor(shares, dtype=torch.float64, device=stack.device)
+    return column.unsqueeze(1).expand(-1, stack.block_count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +144,9 @@ class FactoredTikhonov:
     For two factors (G + gamma / pi I)^-1 (x) (A + pi gamma I)^-1: Martens & Grosse (2015), section 6.3. It approximates
     (C + lambda I)^-1, for which use :func:`damped_inverse`, and regularises more: by lambda I and by the cross terms.
 
-    Blocks of a :class:`BlockDiagonal` are taken one by one; a shift is added to the damping; operators of any other
-    structure get :func:`damped_inverse`. A rule for your own structure is one function:
+    Blocks of a :class:`BlockDiagonal` are taken one by one, those of a :class:`KroneckerStack` all at once, each with
+    its own shares; a shift is added to the damping; operators of any other structure get :func:`damped_inverse`. A rule
+    for your own structure is one function:
 
         @FactoredTikhonov.register(MyOperator)
         def _(operator, damping, solver):
@@ -168,6 +211,17 @@ def _(operator: Kronecker, damping: float, solver: FactoredTikhonov) -> LinearOp
                 f"Factor {i} of {operator!r}, which gets the damping {share * root:.3g} of {damping:.3g}: {error}"
             ) from error
     return Kronecker(tuple(inverses))
+
+
+@_factored.register
+def _(operator: KroneckerStack, damping: float, solver: FactoredTikhonov) -> LinearOperator:
+    root = damping ** (1.0 / len(operator.factors))
+    inverses = []
+    for i, (F, shares) in enumerate(zip(operator.factors, solver.balance.stack_shares(operator), strict=True)):
+        # (F + p root I)^-1 = (F / p + root I)^-1 / p: one damping for all blocks.
+        p = shares.reshape(-1, 1, 1).to(torch.promote_types(F.dtype, torch.float32))
+        inverses.append((damped_inverses(F / p, root, f"factors[{i}] / p of {operator!r}") / p).to(F.dtype))
+    return KroneckerStack(tuple(inverses))
 
 
 @_factored.register

@@ -1,7 +1,9 @@
-"""Cholesky and eigenvalue factorisations of one full matrix that try harder before they give up.
+"""Cholesky and eigenvalue factorisations of full matrices that try harder before they give up.
 
 A factorisation that fails is tried again in float64, then in float64 on the CPU; the result stays in the precision that
-succeeded until the end. Symbols: M (D, D) the matrix, L its Cholesky factor, e and Q its eigenvalues and eigenvectors.
+succeeded until the end. A stack of matrices is factorised by batched calls, and tried again as a whole.
+
+Symbols: M (D, D) the matrix, or (B, D, D) a stack; L its Cholesky factor, e and Q its eigenvalues and eigenvectors.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlib.operators import CholeskyInverse, Dense, OperatorError
+from curvlib.operators.checks import is_symmetric, symmetrized
 from curvlib.solvers.errors import SolveError
 
 # A full float64 matrix of this size takes 3.2 GB; beyond it a default rule would exhaust memory.
@@ -29,45 +32,51 @@ def damped_cholesky(operator: Dense, damping: float) -> CholeskyInverse:
         SolveError: M is not finite, not symmetric, or M + damping I is not positive definite; the message says which
             eigenvalue M has and which damping it needs.
     """
-    M = _symmetric(operator)
+    M = _symmetrized(operator.matrix, f"The matrix of {operator!r}")
     for attempt in _attempts(M):
-        shifted = attempt.clone()
-        shifted.diagonal().add_(damping)
-        L, failure = torch.linalg.cholesky_ex(shifted)
-        rounding = len(M) * torch.finfo(L.dtype).eps * shifted.diagonal()
-        if not int(failure) and bool((L.diagonal().square() > rounding).all()):
+        L, definite = _cholesky(attempt, damping)
+        if bool(definite):
             return CholeskyInverse(L.to(M.device), operator.dtype)
-    e = _eigh(M)[0]
-    smallest, noise = float(e.min()), _rounding(e, torch.float64)
-    raise SolveError(
-        f"C + damping I is not positive definite to working precision for {operator!r} with damping = {damping:.3g}: C "
-        f"has the eigenvalue {smallest:.3g}. Use a damping above {max(-smallest, 0.0) + noise:.3g}."
-    )
+    raise _not_definite(M, damping, repr(operator))
 
 
-def eigendecomposition(operator: Dense) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
-    """Return the eigenvalues and the orthogonal matrix of eigenvectors of M = Q diag(e) Q^T.
+def damped_inverses(M: Float[Tensor, "B D D"], damping: float, label: str) -> Float[Tensor, "B D D"]:
+    """Return (M[b] + damping I)^-1 for every b, explicitly, with the tests of :func:`damped_cholesky`.
+
+    Raises:
+        SolveError: as there, for any of the matrices; the message names the matrix and the label of the stack.
+    """
+    symmetric = is_symmetric(M)
+    for attempt in _attempts((M + M.mT) / 2):
+        L, definite = _cholesky(attempt, damping)
+        # The device is waited for once: a matrix that is not finite has no positive pivots either.
+        if bool((definite & symmetric.to(definite.device)).all()):
+            return torch.cholesky_inverse(L).to(M)
+    raise _not_definite(_symmetrized(M, label), damping, label)
+
+
+def eigendecomposition(M: Float[Tensor, "*B D D"], label: str) -> tuple[Float[Tensor, "*B D"], Float[Tensor, "*B D D"]]:
+    """Return the eigenvalues and the orthogonal matrix of eigenvectors of M = Q diag(e) Q^T, or of each in a stack.
 
     Eigenvalues at rounding level, abs(e) <= D eps max abs(e) with M's own eps, are set to 0: their sign and size say
     nothing. Larger negative ones are kept.
 
     Raises:
-        SolveError: M is not finite or not symmetric, or every attempt failed.
+        SolveError: M is not finite or not symmetric, or every attempt failed; the message begins with the label.
     """
-    M = _symmetric(operator)
-    e, Q = _eigh(M)
-    e = torch.where(e.abs() <= _rounding(e, operator.dtype), 0.0, e)
+    e, Q = _eigh(_symmetrized(M, label), label)
+    e = torch.where(e.abs() <= _rounding(e, M.dtype), 0.0, e)
     return e.to(M), Q.to(M)
 
 
-def _symmetric(operator: Dense) -> Float[Tensor, "D D"]:
+def _symmetrized(M: Float[Tensor, "*B D D"], label: str) -> Float[Tensor, "*B D D"]:
     try:
-        return operator.symmetric_matrix()
+        return symmetrized(M, label)
     except OperatorError as error:
         raise SolveError(str(error)) from error
 
 
-def _attempts(M: Float[Tensor, "D D"]) -> Iterator[Float[Tensor, "D D"]]:
+def _attempts(M: Float[Tensor, "*B D D"]) -> Iterator[Float[Tensor, "*B D D"]]:
     """Yield M in its own precision (float32 at least), in float64, and in float64 on the CPU."""
     # Half precision has no factorisations.
     own = torch.promote_types(M.dtype, torch.float32)
@@ -78,7 +87,29 @@ def _attempts(M: Float[Tensor, "D D"]) -> Iterator[Float[Tensor, "D D"]]:
         yield M.double().cpu()
 
 
-def _eigh(M: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
+def _cholesky(M: Float[Tensor, "*B D D"], damping: float) -> tuple[Float[Tensor, "*B D D"], Bool[Tensor, "*B"]]:
+    """Return L of M + damping I, and whether all its pivots are positive and more than rounding."""
+    shifted = M.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(damping)
+    L, failure = torch.linalg.cholesky_ex(shifted)
+    rounding = M.shape[-1] * torch.finfo(M.dtype).eps * diagonal
+    return L, (failure == 0) & (L.diagonal(dim1=-2, dim2=-1).square() > rounding).all(-1)
+
+
+def _not_definite(M: Float[Tensor, "*B D D"], damping: float, label: str) -> SolveError:
+    """Return the error for the matrix that needs the largest damping."""
+    e = _eigh(M, label)[0]
+    needed = (-e.amin(-1)).clamp(min=0.0) + _rounding(e, torch.float64).squeeze(-1)
+    worst = int(needed.argmax())
+    where = label if M.ndim == 2 else f"matrix {worst} of {label}"
+    return SolveError(
+        f"C + damping I is not positive definite to working precision for {where} with damping = {damping:.3g}: C has "
+        f"the eigenvalue {float(e.amin(-1).reshape(-1)[worst]):.3g}. Use a damping above {float(needed.max()):.3g}."
+    )
+
+
+def _eigh(M: Float[Tensor, "*B D D"], label: str) -> tuple[Float[Tensor, "*B D"], Float[Tensor, "*B D D"]]:
     reasons = []
     for attempt in _attempts(M):
         try:
@@ -86,14 +117,14 @@ def _eigh(M: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "
         except torch.linalg.LinAlgError as error:
             reasons.append(f"{attempt.dtype} on {attempt.device}: {error}")
             continue
-        if bool(e.isfinite().all()) and bool(Q.isfinite().all()):
+        if bool(e.isfinite().all() & Q.isfinite().all()):
             return e, Q
         reasons.append(f"{attempt.dtype} on {attempt.device}: the result is not finite")
     raise SolveError(
-        f"The eigendecomposition of a finite symmetric ({len(M)}, {len(M)}) matrix failed in every precision: "
-        f"{'; '.join(reasons)}. Rescale the matrix; its entries reach {float(M.abs().max()):.3g}."
+        f"{label}: the eigendecomposition of finite symmetric entries of shape {tuple(M.shape)} failed in every "
+        f"precision: {'; '.join(reasons)}. Rescale them; they reach {float(M.abs().max()):.3g}."
     )
 
 
-def _rounding(e: Float[Tensor, " D"], dtype: torch.dtype) -> float:
-    return len(e) * torch.finfo(dtype).eps * float(e.abs().max())
+def _rounding(e: Float[Tensor, "*B D"], dtype: torch.dtype) -> Float[Tensor, "*B 1"]:
+    return e.shape[-1] * torch.finfo(dtype).eps * e.abs().amax(-1, keepdim=True)

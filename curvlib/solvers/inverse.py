@@ -29,6 +29,8 @@ from curvlib.operators import (
     Identity,
     Kronecker,
     KroneckerEigen,
+    KroneckerEigenStack,
+    KroneckerStack,
     LinearOperator,
     LowRank,
     Scaled,
@@ -55,7 +57,9 @@ def damped_inverse(operator: LinearOperator, damping: float) -> LinearOperator:
     Dense                 Cholesky
     BlockDiagonal         block by block; 1 / lambda on the coordinates without a block
     Kronecker             eigendecomposition of each factor
+    KroneckerStack        the same, of all blocks at once
     KroneckerEigen        1 / (e + lambda) in the same basis
+    KroneckerEigenStack   1 / (e + lambda) in the same basis
     LowRank               Woodbury: again low rank plus diagonal, with the orthogonal complement
     Scaled, Shifted, Sum  rule of what is inside, where the factor, the shift or the diagonals can be moved
     any other             conjugate gradients anew at each product, to a relative residual of about 1e-10 in
@@ -137,13 +141,15 @@ def _(operator: CholeskyInverse, damping: float) -> LinearOperator:
     return _inverse(Dense(operator.to_dense()), damping)
 
 
-@_inverse.register
-def _(operator: KroneckerEigen, damping: float) -> LinearOperator:
+@_inverse.register(KroneckerEigen)
+@_inverse.register(KroneckerEigenStack)
+def _(operator: KroneckerEigen | KroneckerEigenStack, damping: float) -> LinearOperator:
     return operator.map(lambda e: _reciprocal(e, operator, damping))
 
 
-@_inverse.register
-def _(operator: Kronecker, damping: float) -> LinearOperator:
+@_inverse.register(Kronecker)
+@_inverse.register(KroneckerStack)
+def _(operator: LinearOperator, damping: float) -> LinearOperator:
     return _inverse(eigendecompose(operator), damping)
 
 
@@ -224,16 +230,16 @@ def _reciprocal(e: Float[Tensor, " ..."], operator: LinearOperator, damping: flo
     Raises:
         SolveError: a sum is not finite, or not positive.
     """
+    shifted = e + damping
+    # Below the normal numbers the reciprocal overflows. One check for both, so that a device is waited for once.
+    if bool((e.isfinite() & (shifted >= torch.finfo(e.dtype).tiny)).all()):
+        return shifted.reciprocal()
     smallest, largest = (float(end) for end in e.aminmax())
     if not (isfinite(smallest) and isfinite(largest)):
         raise SolveError(
             f"{operator!r} has curvatures that are not finite ({smallest} .. {largest}): skip this update."
         )
-    shifted = e + damping
-    # Below the normal numbers the reciprocal overflows.
-    if not float(shifted.min()) >= torch.finfo(e.dtype).tiny:
-        raise SolveError(
-            f"C + damping I is not positive definite for {operator!r} with damping = {damping:.3g}: C has the "
-            f"eigenvalue {smallest:.3g}. Use a damping above {max(-smallest, 0.0):.3g}."
-        )
-    return shifted.reciprocal()
+    raise SolveError(
+        f"C + damping I is not positive definite for {operator!r} with damping = {damping:.3g}: C has the "
+        f"eigenvalue {smallest:.3g}. Use a damping above {max(-smallest, 0.0):.3g}."
+    )

@@ -16,6 +16,8 @@ from curvlib.operators import (
     Identity,
     Kronecker,
     KroneckerEigen,
+    KroneckerEigenStack,
+    KroneckerStack,
     LinearOperator,
     LowRank,
     Scaled,
@@ -23,6 +25,7 @@ from curvlib.operators import (
     Sum,
     full_precision,
 )
+from curvlib.operators.kronecker_stack import outer
 from curvlib.operators.structure import absorb_factor, add_shift, merge
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.factorization import LARGEST_DENSE, eigendecomposition
@@ -33,9 +36,10 @@ def eigendecompose(operator: LinearOperator) -> LinearOperator:
 
     .. math:: C = Q \, \mathrm{diag}(e) \, Q^T
 
-    Dense and Kronecker become :class:`KroneckerEigen`; Diagonal, Identity and KroneckerEigen stay; Scaled, Shifted, Sum
-    and BlockDiagonal hand on; any other operator is made dense first (D products, D^3 operations). LowRank stays, since
-    its Woodbury inverse costs O(D r^2) with any damping. Eigenvalues at rounding level are set to 0.
+    Dense and Kronecker become :class:`KroneckerEigen`, KroneckerStack :class:`KroneckerEigenStack`; Diagonal, Identity
+    and these two stay; Scaled, Shifted, Sum and BlockDiagonal hand on; any other operator is made dense first (D
+    products, D^3 operations). LowRank stays, since its Woodbury inverse costs O(D r^2) with any damping. Eigenvalues at
+    rounding level are set to 0.
 
     Args:
         operator: C, symmetric, of any definiteness.
@@ -75,6 +79,7 @@ eigendecompose.dispatch = _eigen.dispatch  # type: ignore[attr-defined]
 @_eigen.register(Identity)
 @_eigen.register(Diagonal)
 @_eigen.register(KroneckerEigen)
+@_eigen.register(KroneckerEigenStack)
 @_eigen.register(LowRank)
 def _(operator: LinearOperator) -> LinearOperator:
     return operator
@@ -82,7 +87,7 @@ def _(operator: LinearOperator) -> LinearOperator:
 
 @_eigen.register
 def _(operator: Dense) -> LinearOperator:
-    e, Q = eigendecomposition(operator)
+    e, Q = eigendecomposition(operator.matrix, f"The matrix of {operator!r}")
     return KroneckerEigen((Q,), e)
 
 
@@ -90,8 +95,14 @@ def _(operator: Dense) -> LinearOperator:
 def _(operator: Kronecker) -> LinearOperator:
     spectra = [_spectrum(_eigen(factor)) for factor in operator.factors]
     bases = tuple(basis for spectrum in spectra for basis in spectrum.bases)
-    outer = reduce(partial(torch.tensordot, dims=0), [spectrum.eigenvalues for spectrum in spectra])
-    return KroneckerEigen(bases, outer)
+    eigenvalues = reduce(partial(torch.tensordot, dims=0), [spectrum.eigenvalues for spectrum in spectra])
+    return KroneckerEigen(bases, eigenvalues)
+
+
+@_eigen.register
+def _(operator: KroneckerStack) -> LinearOperator:
+    pairs = [eigendecomposition(F, f"factors[{i}] of {operator!r}") for i, F in enumerate(operator.factors)]
+    return KroneckerEigenStack(tuple(Q for _, Q in pairs), outer(e for e, _ in pairs))
 
 
 @_eigen.register
@@ -122,7 +133,7 @@ def _(operator: BlockDiagonal) -> LinearOperator:
 @singledispatch
 def _spectrum(operator: LinearOperator) -> KroneckerEigen:
     """Return one Kronecker factor as bases and eigenvalues."""
-    e, Q = eigendecomposition(Dense(operator.to_dense()))
+    e, Q = eigendecomposition(operator.to_dense(), f"The matrix of {operator!r}")
     return KroneckerEigen((Q,), e)
 
 

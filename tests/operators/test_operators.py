@@ -18,6 +18,8 @@ from curvlib.operators import (
     Identity,
     Kronecker,
     KroneckerEigen,
+    KroneckerEigenStack,
+    KroneckerStack,
     LinearOperator,
     LowRank,
     MatrixFree,
@@ -112,6 +114,8 @@ WITHOUT_DETERMINANT = {
         LowRank(torch.ones(2, 1), -torch.ones(1), torch.ones(2)),
         LowRank(torch.ones(3, 1), torch.ones(1), torch.zeros(3)),
         Kronecker((torch.eye(2), torch.diag(torch.tensor([1.0, 0.0])))),
+        KroneckerStack((torch.tensor([1.0, 0.0]).reshape(2, 1, 1), torch.eye(2).expand(2, 2, 2))),
+        KroneckerEigenStack((None,), torch.tensor([[1.0], [0.0]])),
         BlockDiagonal((Identity(1),), (torch.tensor([1]),), 2),
         Scaled(-1.0, Identity(2)),
         Scaled(0.0, Identity(2)),
@@ -250,6 +254,7 @@ def test_an_operator_without_size_says_so():
         _ = Minimal().size
 
 
+THREE = torch.ones(3, 1, 1)
 BAD = [
     (lambda: Identity(0), ValueError, "size must be at least 1, got 0"),
     (lambda: Identity(2.0), TypeError, "size must be an int, got float"),
@@ -275,6 +280,19 @@ BAD = [
     (lambda: KroneckerEigen((None,), torch.ones(2, 2)), ValueError, r"eigenvalues must have shape \(d1,\)"),
     (lambda: KroneckerEigen((torch.eye(3),), torch.ones(2)), ValueError, r"bases\[0\] must have shape \(2, 2\)"),
     (lambda: KroneckerEigen((torch.eye(2).double(),), torch.ones(2)), ValueError, "must agree with eigenvalues"),
+    (lambda: KroneckerStack([torch.ones(2, 1, 1)]), TypeError, "factors must be a non-empty tuple, got list"),
+    (lambda: KroneckerStack(()), TypeError, "factors must be a non-empty tuple"),
+    (lambda: KroneckerStack((torch.eye(2),)), ValueError, r"factors\[0\] must have shape \(B, d, d\), got \(2, 2\)"),
+    (lambda: KroneckerStack((torch.ones(2, 3, 4),)), ValueError, r"must have shape \(2, 3, 3\), got \(2, 3, 4\)"),
+    (lambda: KroneckerStack((THREE, torch.ones(2, 1, 1))), ValueError, r"factors\[1\] must have shape \(3, 1, 1\)"),
+    (lambda: KroneckerStack((THREE, THREE.double())), ValueError, r"factors\[1\] must agree with factors\[0\]"),
+    (lambda: KroneckerStack((torch.ones(0, 2, 2),)), ValueError, "size must be at least 1, got 0"),
+    (lambda: KroneckerStack((torch.ones(3, 1, 1).long(),)), TypeError, "floating-point tensor, got torch.int64"),
+    (lambda: KroneckerEigenStack((), torch.ones(1)), TypeError, "bases must be a non-empty tuple"),
+    (lambda: KroneckerEigenStack((None,), torch.ones(2)), ValueError, r"eigenvalues must have shape \(B, d1\)"),
+    (lambda: KroneckerEigenStack((THREE,), torch.ones(2, 1)), ValueError, r"bases\[0\] must have shape \(2, 1, 1\)"),
+    (lambda: KroneckerEigenStack((THREE.double(),), torch.ones(3, 1)), ValueError, "must agree with eigenvalues"),
+    (lambda: KroneckerEigenStack((None,), torch.ones(0, 1)), ValueError, "size must be at least 1"),
     (lambda: LowRank(torch.ones(3, 2), torch.ones(3), torch.ones(3)), ValueError, r"weights must have shape \(2,\)"),
     (lambda: LowRank(torch.ones(3, 2), torch.ones(2), torch.ones(2)), ValueError, "diagonal_part must have shape"),
     (lambda: LowRank(torch.ones(2, 1), torch.ones(1), torch.arange(2.0)).spectrum(), OperatorError, "constant"),
