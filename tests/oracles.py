@@ -41,7 +41,8 @@ class Network:
 
     def jacobian(self):
         """J of shape (number of outputs, D)."""
-        return jacrev(lambda theta: self.outputs(theta).flatten())(self.theta)
+        # row by row: some backward passes, such as those of fused attention, cannot be batched
+        return torch.autograd.functional.jacobian(lambda theta: self.outputs(theta).flatten(), self.theta)
 
     def _shift(self):
         return self.l2 * torch.eye(len(self.theta), dtype=self.theta.dtype)

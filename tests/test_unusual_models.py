@@ -148,7 +148,8 @@ def test_fused_attention_names_the_remedy():
 
 
 def test_excluding_everything_leaves_the_damping_alone():
-    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten())
+    model = nn.Sequential(nn.Bilinear(2, 2, 6))
+    model.forward = lambda x: model[0](x[..., 0], x[..., 1])
     objective = Objective(model, nn.MSELoss(), l2=0.5)
     C = KFAC(GGN(), on_unsupported="exclude").estimate(objective.at((torch.randn(4, 2, 3), torch.randn(4, 6))))
     torch.testing.assert_close(C.to_dense(), 0.5 * torch.eye(C.size))

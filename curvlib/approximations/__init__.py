@@ -1,5 +1,6 @@
 """Approximations of a curvature matrix: which statistics of it are kept."""
 
+from curvlib.approximations.assignment import AssignedApproximation, Assignment, layer_key
 from curvlib.approximations.base import Approximation, Description, StatisticalApproximation, Statistics
 from curvlib.approximations.block_diagonal import BlockDiagonal
 from curvlib.approximations.diagonal import Diagonal
@@ -8,11 +9,14 @@ from curvlib.approximations.identity import Identity
 from curvlib.approximations.kfac import KFAC
 from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.moving_average import MovingAverage
+from curvlib.approximations.per_layer import PerLayer
 from curvlib.approximations.weight_sharing import Expand, Reduce, WeightSharing
 
 __all__ = [
     "KFAC",
     "Approximation",
+    "AssignedApproximation",
+    "Assignment",
     "BlockDiagonal",
     "Dense",
     "Description",
@@ -22,8 +26,10 @@ __all__ = [
     "Identity",
     "LayerwiseApproximation",
     "MovingAverage",
+    "PerLayer",
     "Reduce",
     "StatisticalApproximation",
     "Statistics",
     "WeightSharing",
+    "layer_key",
 ]

@@ -22,11 +22,12 @@ from curvlib.output_losses import NoTargetsError
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One line of a description: a parameter, where it belongs, which block it gets, and why."""
+    """One line of a description: a parameter, where it belongs and how often that is called, its block, and why."""
 
     parameter: str
     shape: tuple[int, ...]
     layer: str
+    calls: str
     block: str
     reason: str
 
@@ -39,8 +40,8 @@ class Description:
     rows: tuple[BlockRow, ...]
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "layer", "block", "why")
-        lines = [(row.parameter, _shape(row.shape), row.layer, row.block, row.reason) for row in self.rows]
+        head = ("parameter", "shape", "layer", "calls", "block", "why")
+        lines = [(row.parameter, _shape(row.shape), row.layer, row.calls, row.block, row.reason) for row in self.rows]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -6,11 +6,13 @@ Symbols: N examples, J_n^T v the gradient of one example for the output-space ve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from curvlib.approximations.assignment import Fallback, layer_key
 from curvlib.approximations.base import Statistics
-from curvlib.approximations.layerwise import LayerwiseApproximation, layer_key
+from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.extensions import Layer, LayerFactors, gram
 from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import LinearOperator
@@ -25,8 +27,10 @@ class BlockDiagonal(LayerwiseApproximation):
 
     Args:
         matrix: ``GGN()``, ``Fisher()`` or ``EmpiricalFisher()``.
-        on_unsupported: what parameters outside every layer get: "raise", "diagonal" or "exclude".
+        on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" or "exclude".
     """
+
+    own_fallback: ClassVar[Fallback | None] = "dense"
 
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add the outer products of the per-example gradients."""

@@ -6,11 +6,13 @@ Symbols: N examples, J_n^T v the gradient of one example for the output-space ve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from curvlib.approximations.assignment import Fallback, add_to, layer_key
 from curvlib.approximations.base import Statistics
-from curvlib.approximations.layerwise import LayerwiseApproximation, layer_key
+from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.extensions import Layer, LayerFactors
 from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.operators import LinearOperator
@@ -25,13 +27,14 @@ class Diagonal(LayerwiseApproximation):
 
     Args:
         matrix: ``GGN()``, ``Fisher()`` (an unbiased estimate of the GGN's diagonal) or ``EmpiricalFisher()``.
-        on_unsupported: what parameters outside every layer get: "raise", "diagonal" or "exclude".
+        on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" or "exclude".
     """
+
+    own_fallback: ClassVar[Fallback | None] = "diagonal"
 
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add the squared per-example gradients."""
-        key, squares = layer_key(factors.layer, "diagonal"), factors.squared_gradients()
-        sums[key] = sums[key] + squares if key in sums else squares
+        add_to(sums, layer_key(factors.layer, "diagonal"), factors.squared_gradients())
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return a zero diagonal."""

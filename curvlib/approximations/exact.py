@@ -222,7 +222,7 @@ def check_matrix(approximation: Approximation, matrix: object) -> None:
 def whole_matrix(approximation: Approximation, objective: Objective, block: str) -> Description:
     """Return the description of an approximation that treats all parameters alike."""
     rows = [
-        BlockRow(name, tuple(shape), "-", block, "no layer structure needed")
+        BlockRow(name, tuple(shape), "-", "-", block, "no layer structure needed")
         for name, shape in zip(objective.layout.names, objective.layout.shapes, strict=True)
     ]
     return Description(repr(approximation), tuple(rows))

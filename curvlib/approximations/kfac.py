@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlib.approximations.assignment import add_to, layer_key
 from curvlib.approximations.base import Statistics
-from curvlib.approximations.layerwise import LayerwiseApproximation, layer_key
+from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.weight_sharing import Expand, WeightSharing
 from curvlib.extensions import (
     AffineMap,
@@ -27,7 +28,7 @@ from curvlib.extensions import (
     MapFactors,
     grouped_gram,
 )
-from curvlib.operators import BlockDiagonal, Diagonal, Kronecker, LinearOperator, Sum
+from curvlib.operators import BlockDiagonal, Diagonal, Kronecker, KroneckerStack, LinearOperator, Sum
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class KFAC(LayerwiseApproximation):
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add g g^T; the inputs are the same for every vector and counted once."""
         if _is_elementwise(factors.layer):
-            _add(sums, layer_key(factors.layer, "diagonal"), factors.squared_gradients())
+            add_to(sums, layer_key(factors.layer, "diagonal"), factors.squared_gradients())
             return
         for part in factors.maps:
             input_key, output_key = _key(part.map, "A"), _key(part.map, "G")
             if input_key not in means:
                 means[input_key] = _input_factor(part, self.weight_sharing)
             moment = grouped_gram(self.weight_sharing.output_gradients(part.g))
-            _add(sums, output_key, moment.squeeze(0) if part.map.groups == 1 else moment)
+            add_to(sums, output_key, moment.squeeze(0) if part.map.groups == 1 else moment)
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return zero factors."""
@@ -101,13 +102,6 @@ class KFAC(LayerwiseApproximation):
         if _is_elementwise(layer):
             return "exact diagonal"
         return " + ".join(map(_description, layer.maps))
-
-
-def KroneckerStack(factors):  # PLACEHOLDER
-    G, A = factors
-    n = G.shape[1] * A.shape[1]
-    blocks = tuple(Kronecker((g, a)) for g, a in zip(G, A, strict=True))
-    return BlockDiagonal(blocks, tuple(torch.arange(n * b, n * b + n) for b in range(len(G))), n * len(G))
 
 
 @singledispatch
@@ -148,10 +142,6 @@ def _is_elementwise(layer: Layer) -> bool:
 
 def _key(part: AffineMap, statistic: str) -> str:
     return f"{part.name}|{statistic}"
-
-
-def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
-    sums[key] = sums[key] + value if key in sums else value
 
 
 def _description(part: AffineMap) -> str:

@@ -28,20 +28,20 @@ class ConvolutionRule(LayerRule):
     convolutions of stride 1 is made of products of the input's rows with shifted rows, without all patches.
     """
 
-    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+    def parts(self, module: Any) -> tuple[Part, ...]:
         """Return one map a group, of the group's own channels."""
         return (Part(groups=module.groups),)
 
-    def inputs(self, module: nn.Module, x: Float[Tensor, "N C_in *S"]) -> Float[Tensor, "N T C_in*k"]:
+    def inputs(self, module: Any, x: Float[Tensor, "N C_in *S"]) -> Float[Tensor, "N T C_in*k"]:
         """Return the patches."""
         _check_dimensions(module, x)
         return _window(module).patches(_padded(module, x))
 
-    def output_gradients(self, module: nn.Module, g: Float[Tensor, "N C_out *S"]) -> Float[Tensor, "N T C_out"]:
+    def output_gradients(self, module: Any, g: Float[Tensor, "N C_out *S"]) -> Float[Tensor, "N T C_out"]:
         """Return the gradients with the channels last."""
         return g.flatten(2).transpose(1, 2)
 
-    def input_numbers(self, module: nn.Module, x: Float[Tensor, "N C_in *S"], g: Float[Tensor, "N C_out *S"]) -> int:
+    def input_numbers(self, module: Any, x: Float[Tensor, "N C_in *S"], g: Float[Tensor, "N C_out *S"]) -> int:
         """Return T C_in k."""
         return g[0, 0].numel() * module.in_channels * prod(module.kernel_size)
 
@@ -62,16 +62,16 @@ class ConvolutionRule(LayerRule):
 class TransposedConvolutionRule(LayerRule):
     """``nn.ConvTranspose1d/2d/3d`` with every stride, padding, output padding, dilation and number of groups."""
 
-    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+    def parts(self, module: Any) -> tuple[Part, ...]:
         """Return one map a group, of the group's own channels."""
         return (Part(groups=module.groups),)
 
-    def weight_matrix(self, module: nn.Module, weight: Int[Tensor, "C_in C_out *k"]) -> Int[Tensor, "C_out C_in*k"]:
+    def weight_matrix(self, module: Any, weight: Int[Tensor, "C_in C_out *k"]) -> Int[Tensor, "C_out C_in*k"]:
         """Return the kernels turned around: output location u sees input (u + padding - dilation k) / stride."""
         grouped = weight.flatten(2).unflatten(0, (module.groups, -1))  # (groups, C_in, C_out, k), channels of a group
         return grouped.flip(-1).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def call_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the input and the size of the output that was asked for."""
         x = args[0] if args else kwargs["input"]
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
@@ -79,23 +79,23 @@ class TransposedConvolutionRule(LayerRule):
             return x, tuple(module.output_padding)
         return x, tuple(_output_padding(module, x, size))
 
-    def inputs(self, module: nn.Module, x: Any) -> Float[Tensor, "N T C_in*k"]:
+    def inputs(self, module: Any, x: Any) -> Float[Tensor, "N T C_in*k"]:
         """Return the patches of the spread input."""
         tensor, output_padding = x if isinstance(x, tuple) else (x, module.output_padding)
         _check_dimensions(module, tensor)
         window = Window(module.kernel_size, (1,) * len(module.stride), module.dilation)
         return window.patches(_spread(module, tensor, output_padding))
 
-    def output_gradients(self, module: nn.Module, g: Float[Tensor, "N C_out *S"]) -> Float[Tensor, "N T C_out"]:
+    def output_gradients(self, module: Any, g: Float[Tensor, "N C_out *S"]) -> Float[Tensor, "N T C_out"]:
         """Return the gradients with the channels last."""
         return g.flatten(2).transpose(1, 2)
 
-    def input_numbers(self, module: nn.Module, x: Any, g: Float[Tensor, "N C_out *S"]) -> int:
+    def input_numbers(self, module: Any, x: Any, g: Float[Tensor, "N C_out *S"]) -> int:
         """Return T C_in k."""
         return g[0, 0].numel() * module.in_channels * prod(module.kernel_size)
 
 
-def _check_dimensions(module: nn.Module, x: Tensor) -> None:
+def _check_dimensions(module: Any, x: Tensor) -> None:
     if x.ndim != len(module.kernel_size) + 2:
         raise ValueError(
             f"{type(module).__name__} was called with an input of shape {tuple(x.shape)}; layer statistics need the "
@@ -103,7 +103,7 @@ def _check_dimensions(module: nn.Module, x: Tensor) -> None:
         )
 
 
-def _padded(module: nn.Module, x: Float[Tensor, "N C_in *S"]) -> Float[Tensor, "N C_in *P"]:
+def _padded(module: Any, x: Float[Tensor, "N C_in *S"]) -> Float[Tensor, "N C_in *P"]:
     """Return the input with the padding that the module's forward pass gives it, whatever its mode."""
     if module.padding == "valid":
         return x
@@ -115,15 +115,16 @@ def _padded(module: nn.Module, x: Float[Tensor, "N C_in *S"]) -> Float[Tensor, "
     return functional.pad(x, both_ends, mode=mode)
 
 
-def _window(module: nn.Module) -> Window:
+def _window(module: Any) -> Window:
     return Window(module.kernel_size, module.stride, module.dilation)
 
 
-def _spread(module: nn.Module, x: Float[Tensor, "N C *S"], output_padding: tuple[int, ...]) -> Float[Tensor, "N C *P"]:
+def _spread(module: Any, x: Float[Tensor, "N C *S"], output_padding: tuple[int, ...]) -> Float[Tensor, "N C *P"]:
     """Return the input with stride - 1 zeros between its entries, padded so that windows end where the output does."""
     spread = tuple((size - 1) * stride + 1 for size, stride in zip(x.shape[2:], module.stride, strict=True))
     result = x.new_zeros(*x.shape[:2], *spread)
-    result[(..., *(slice(None, None, stride) for stride in module.stride))] = x
+    places = (slice(None, None, stride) for stride in module.stride)
+    result[(slice(None), slice(None), *places)] = x
     ends: list[int] = []
     for k, d, p, extra in reversed(
         list(zip(module.kernel_size, module.dilation, module.padding, output_padding, strict=True))
@@ -132,10 +133,10 @@ def _spread(module: nn.Module, x: Float[Tensor, "N C *S"], output_padding: tuple
     return functional.pad(result, ends)
 
 
-def _output_padding(module: nn.Module, x: Tensor, size: Any) -> list[int]:
+def _output_padding(module: Any, x: Tensor, size: Any) -> list[int]:
     """Return what PyTorch adds at the ends to reach the size that the call asked for."""
     spatial = len(module.kernel_size)
-    return module._output_padding(  # type: ignore[operator]
+    return module._output_padding(
         x, list(size), module.stride, module.padding, module.kernel_size, spatial, module.dilation
     )
 

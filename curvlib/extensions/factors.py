@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce, singledispatch
 from operator import add
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Self
 
 from curvlib.extensions.layers import AffineMap, Layer
 from curvlib.extensions.uses import DenseUse, InputMoments, LookupUse, Use, chunks_of
@@ -50,10 +51,10 @@ class MapFactors(ABC):
         return joined.unflatten(-1, (self.map.groups, self.map.d_out))
 
     @abstractmethod
-    def chunk(self, start: int, stop: int) -> MapFactors:
+    def chunk(self, start: int, stop: int) -> Self:
         """Return the factors of the examples from ``start`` to ``stop`` alone."""
 
-    def chunks(self, numbers: int = 0) -> Iterator[MapFactors]:
+    def chunks(self, numbers: int = 0) -> Iterator[Self]:
         """Yield the factors of so many examples at a time that neither inputs nor ``numbers`` a example pass 64 MiB."""
         for ends in chunks_of(self.examples, max(numbers, sum(use.numbers for use in self.uses))):
             yield self.chunk(*ends)
@@ -89,9 +90,9 @@ class DenseFactors(MapFactors):
         inputs = self.inputs
         return torch.cat([inputs, inputs.new_ones(*inputs.shape[:3], 1)], dim=3) if self.map.bias else inputs
 
-    def chunk(self, start: int, stop: int) -> DenseFactors:
+    def chunk(self, start: int, stop: int) -> Self:
         """Return the factors of some examples; inputs are made for these alone."""
-        return DenseFactors(self.map, tuple(use.chunk(start, stop) for use in self.uses))
+        return replace(self, uses=tuple(use.chunk(start, stop) for use in self.uses))
 
     def moments(self) -> InputMoments:
         """Return the sums of a a^T and of a over examples and positions, without the homogeneous coordinate."""
@@ -125,9 +126,9 @@ class LookupFactors(MapFactors):
     map: AffineMap
     uses: tuple[LookupUse, ...]
 
-    def chunk(self, start: int, stop: int) -> LookupFactors:
+    def chunk(self, start: int, stop: int) -> Self:
         """Return the factors of some examples."""
-        return LookupFactors(self.map, tuple(use.chunk(start, stop) for use in self.uses))
+        return replace(self, uses=tuple(use.chunk(start, stop) for use in self.uses))
 
     def per_example_gradients(self) -> Float[Tensor, "N size"]:
         """Return the gradients, dense: W is (d_out, d_in), a column for each index."""

@@ -182,12 +182,13 @@ def _members(model: nn.Module) -> tuple[list[_Member], dict[str, str]]:
     reasons: dict[str, str] = {}
     claimed: set[int] = set()  # modules whose parameters belong to the rule of a module around them
     for module_name, module in model.named_modules():
-        own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in names}
-        if id(module) in claimed or (rule is None and not own):
+        if id(module) in claimed or not any(id(parameter) in names for parameter in module.parameters()):
             continue
+        own = {key: names[id(p)] for key, p in module._parameters.items() if id(p) in names}
+        rule, reason = find_rule(module)
         parts = rule.parts(module) if rule is not None else ()
         paths = [path for part in parts for path in (part.weight, part.bias) if path is not None]
-        if rule is not None and not all(_is_parameter(module, path) for path in paths):
+        if not all(_is_parameter(module, path) for path in paths):
             rule, reason = None, f"the weight of {type(module).__name__} is computed (parametrised), not a parameter"
         where = f" ({module_name or 'the model itself'})"
         if rule is None:

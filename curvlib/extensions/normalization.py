@@ -30,7 +30,7 @@ class ScaleAndShiftRule(LayerRule):
     def by_position(self, module: nn.Module, x: Tensor) -> Float[Tensor, "N T C"]:
         """Return a tensor of the output's shape with its features last."""
 
-    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+    def parts(self, module: Any) -> tuple[Part, ...]:
         """Return one map a feature."""
         return (Part(bias="bias" if "bias" in module._parameters else None, groups=module.weight.numel()),)
 

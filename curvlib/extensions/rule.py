@@ -127,6 +127,7 @@ class PositionFactors(FirstOrderBackpropExtension):
     Rules are found along the class's method resolution order, unlike BackPACK's own exact match.
 
     Example:
+        >>> import torch
         >>> from backpack import backpack, extend
         >>> layer = extend(nn.Linear(3, 2))
         >>> with backpack(PositionFactors()):

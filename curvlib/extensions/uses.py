@@ -2,7 +2,8 @@
 
 Symbols: N examples, T positions, ``groups`` independent maps side by side (1 but for grouped convolutions and for
 scales and shifts), a (N, T, groups * d_in) inputs without the homogeneous coordinate, g (N, T, groups * d_out)
-gradients of the map's outputs. The part of J^T v that belongs to the weight W of one example is sum_t g_t a_t^T, group by group.
+gradients of the map's outputs. The part of J^T v that belongs to the weight W of one example is sum_t g_t a_t^T, group
+by group.
 """
 
 from __future__ import annotations
@@ -113,30 +114,36 @@ class PositionUse(DenseUse):
     """A use whose factors are at hand, as those of the maps inside of a larger module.
 
     Attributes:
-        a: (N, T, d_in) inputs.
-        g: (N, T, d_out) gradients of the outputs.
+        inputs: (N, T, d_in).
+        output_gradients: (N, T, d_out).
     """
 
-    a: Float[Tensor, "N T d_in"]
-    g: Float[Tensor, "N T d_out"]
+    inputs: Float[Tensor, "N T d_in"]
+    output_gradients: Float[Tensor, "N T d_out"]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "a", at_least_float32(self.a.detach()))
-        object.__setattr__(self, "g", at_least_float32(self.g.detach()))
+    @property
+    def a(self) -> Float[Tensor, "N T d_in"]:
+        """The inputs, in float32 at least."""
+        return at_least_float32(self.inputs.detach())
+
+    @property
+    def g(self) -> Float[Tensor, "N T d_out"]:
+        """The output gradients, in float32 at least."""
+        return at_least_float32(self.output_gradients.detach())
 
     @property
     def examples(self) -> int:
         """N."""
-        return self.g.shape[0]
+        return self.output_gradients.shape[0]
 
     @property
     def numbers(self) -> int:
         """Numbers of one example's inputs."""
-        return self.a[0].numel()
+        return self.inputs[0].numel()
 
     def chunk(self, start: int, stop: int) -> PositionUse:
         """Return the use by some examples (views)."""
-        return PositionUse(self.a[start:stop], self.g[start:stop])
+        return PositionUse(self.inputs[start:stop], self.output_gradients[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
