@@ -17,17 +17,24 @@ from benchmarks.measurement import Result, Row, Settings, Verdict
 _PEERS = ("backpack-for-pytorch", "curvlinops-for-pytorch")
 
 
-def environment(settings: Settings) -> dict[str, Any]:
+def machine(device: str, threads: int) -> dict[str, Any]:
     """Return versions and hardware."""
     return {
         "torch": torch.__version__,
-        **{name: version(name) for name in _PEERS},
         "python": platform.python_version(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
-        "threads": settings.threads,
+        "threads": threads,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Return versions, hardware and clock."""
+    return {
+        **{name: version(name) for name in _PEERS},
+        **machine(settings.device, settings.threads),
         "clock": settings.clock.__name__,
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
     }
 
 

@@ -37,7 +37,7 @@ from curvlib.experiments.figure import figure_png
 from curvlib.experiments.idx import read_idx
 from curvlib.experiments.images import Images, ImageSource
 from curvlib.experiments.methods import METHODS, Method, configure, register_method
-from curvlib.experiments.networks import FullyConnected
+from curvlib.experiments.networks import Convolution, Convolutional, FullyConnected, Network
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
 from curvlib.experiments.problems import PROBLEMS, Problem, register_problem
 from curvlib.experiments.records import Record, Status
@@ -54,6 +54,8 @@ __all__ = [
     "PROBLEMS",
     "Budget",
     "Comparison",
+    "Convolution",
+    "Convolutional",
     "CurvatureChoice",
     "Epochs",
     "EvaluationSchedule",
@@ -64,6 +66,7 @@ __all__ = [
     "Method",
     "Metric",
     "Monitor",
+    "Network",
     "Outcome",
     "Problem",
     "Record",

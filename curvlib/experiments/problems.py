@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.images import MNIST, Curves, Digits, ImageSource
-from curvlib.experiments.networks import FullyConnected, kaiming, sparse
+from curvlib.experiments.networks import Convolution, Convolutional, FullyConnected, Network, kaiming, sparse
 from curvlib.experiments.registry import Registry
 from curvlib.experiments.tasks import Classification, Reconstruction, Task
 
@@ -82,7 +82,7 @@ class Problem:
     description: str
     images: ImageSource
     task: Task
-    network: FullyConnected
+    network: Network
     l2: float = 1e-5
     evaluated_examples: int = 5000
     settings: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
@@ -155,6 +155,24 @@ register_problem(
 )
 register_problem(
     Problem(
+        name="digits-convnet",
+        description="Recognise 8x8 digits with convolutions",
+        images=Digits(),
+        task=Classification(),
+        network=Convolutional(
+            image=(1, 8, 8),
+            convolutions=(
+                Convolution(channels=8, kernel=3, padding=1),
+                Convolution(channels=16, kernel=3, stride=2, padding=1),
+            ),
+            widths=(32, 10),
+            activation=nn.Tanh,
+        ),
+        settings={"sgd": {"lr": 0.2}, "adam": {"lr": 0.01}},
+    )
+)
+register_problem(
+    Problem(
         name="curves-autoencoder",
         description="Compress 28x28 images of curves to the 6 numbers that made them",
         images=Curves(),
@@ -201,6 +219,28 @@ register_problem(
             "kfac": {"batch_size": 1000},
             "hessian-free": {"curvature_fraction": 0.2},
             "sgd": {"lr": 0.05},
+            "lbfgs": {"batch_size": 5000},
+        },
+    )
+)
+register_problem(
+    Problem(
+        name="mnist-convnet",
+        description="Recognise 28x28 digits with convolutions",
+        images=MNIST(),
+        task=Classification(),
+        network=Convolutional(
+            image=(1, 28, 28),
+            convolutions=(Convolution(channels=16, kernel=5, stride=2), Convolution(channels=32, kernel=5, stride=2)),
+            widths=(100, 10),
+            activation=nn.ReLU,
+            initialise=kaiming,
+        ),
+        settings={
+            "kfac": {"batch_size": 1000},
+            "hessian-free": {"curvature_fraction": 0.2},
+            "sgd": {"lr": 0.1},
+            "adam": {"lr": 0.003},
             "lbfgs": {"batch_size": 5000},
         },
     )

@@ -1,0 +1,202 @@
+"""Training until a test accuracy is reached, with every setting of a method's grid and from several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from curvlib.experiments import (
+    Comparison,
+    EvaluationSchedule,
+    ExperimentError,
+    Method,
+    Problem,
+    Status,
+    Steps,
+    configure,
+)
+from curvlib.experiments.problems import LoadedProblem
+from curvlib.experiments.run import Run
+from curvlib.experiments.workload import Workload, warm_up, workload_of
+
+# Options that are searched beside the batch size; a method that is not here has the problem's settings.
+GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+    "sgd": {"lr": (0.003, 0.01, 0.03, 0.1, 0.3)},
+    "adam": {"lr": (0.0003, 0.001, 0.003, 0.01)},
+}
+# Training examples whose loss is looked at, to notice that a method has diverged.
+_TRAINING_EXAMPLES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all trainings share.
+
+    Args:
+        problem: to be trained, a classification.
+        target: accuracy on all test examples that ends a training.
+        max_steps: steps that end it as well.
+        every: steps from one evaluation to the next.
+        seeds: trainings with each setting.
+        device: where to train.
+        threads: CPU threads.
+
+    Raises:
+        ExperimentError: the problem's metric is no accuracy.
+    """
+
+    problem: Problem
+    target: float
+    max_steps: int
+    every: int
+    seeds: int
+    device: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        if not self.problem.task.metric.higher_is_better:
+            raise ExperimentError(f"{self.problem.name} has no accuracy: choose a classifier, such as mnist-convnet.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "problem": self.problem.identity()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A method with the options that are searched, as (name, value)."""
+
+    method: str
+    options: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one training went.
+
+    Attributes:
+        setting: the method and its options.
+        seed: of initial parameters, stream of examples and the method's own randomness.
+        reached: whether the target was.
+        status: where it ended: running if the target ended it.
+        note: why the method could not go on.
+        curve: (step, seconds of training, test accuracy) of every evaluation.
+    """
+
+    setting: Setting
+    seed: int
+    reached: bool
+    status: str
+    note: str | None
+    curve: tuple[tuple[int, float, float], ...]
+
+    @property
+    def steps(self) -> float:
+        """Steps to the target, infinite if it was not reached."""
+        return self.curve[-1][0] if self.reached else inf
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training to the target, infinite if it was not reached."""
+        return self.curve[-1][1] if self.reached else inf
+
+    @property
+    def highest_accuracy(self) -> float:
+        """The highest test accuracy that was seen."""
+        return max(accuracy for _, _, accuracy in self.curve)
+
+    def __str__(self) -> str:
+        outcome = f"{self.steps} steps, {self.seconds:.1f} s" if self.reached else f"not reached, {self.status}"
+        return f"seed {self.seed}, {self.setting.method} {self.setting}: {outcome}, {self.highest_accuracy:.2%}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the training as JSON values."""
+        setting = {"method": self.setting.method, "options": dict(self.setting.options)}
+        return {**setting, **{name: value for name, value in vars(self).items() if name != "setting"}}
+
+
+def settings_of(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[Setting]:
+    """Return every batch size with every point of the grid of every method."""
+    settings = []
+    for method in methods:
+        axes: dict[str, Sequence[float]] = {"batch_size": batch_sizes, **GRIDS.get(method, {})}
+        for point in itertools.product(*axes.values()):
+            options = zip(axes, (f"{value:g}" for value in point), strict=True)
+            settings.append(Setting(method=method, options=tuple(options)))
+    return settings
+
+
+def train_all(plan: Plan, loaded: LoadedProblem, settings: Sequence[Setting]) -> Iterator[Training]:
+    """Train with every setting, one seed after the other, and show how it goes on standard error."""
+    # Without a terminal there is no bar, and the lines remain.
+    with tqdm(total=plan.seeds * len(settings), unit="training", disable=None) as bar:
+        for seed, setting in itertools.product(range(plan.seeds), settings):
+            bar.set_description(f"{setting.method} {setting}")
+            training = train(plan, loaded, setting, seed, bar.set_postfix_str)
+            tqdm.write(str(training), file=sys.stderr)
+            bar.update()
+            yield training
+
+
+def train(plan: Plan, loaded: LoadedProblem, setting: Setting, seed: int, show: Callable[[str], None]) -> Training:
+    """Train until the target is reached, the steps are spent, or the method cannot go on.
+
+    Args:
+        plan: what to train, and how long.
+        loaded: the problem's data.
+        setting: with what.
+        seed: of all randomness.
+        show: is told how it goes, in a few words.
+    """
+    method = configure(setting.method, plan.problem, dict(setting.options))
+    run = Run(_workload(plan, loaded, method, seed), method)
+    curve: list[tuple[int, float, float]] = []
+    while True:
+        record = run.evaluate()
+        accuracy = record.test_metric or 0.0
+        curve.append((record.step, record.seconds, accuracy))
+        show(f"step {record.step}, accuracy {accuracy:.2%}")
+        if accuracy >= plan.target or record.status is not Status.RUNNING:
+            break
+        _advance(run, plan.every)
+    return Training(
+        setting=setting,
+        seed=seed,
+        reached=accuracy >= plan.target,
+        status=record.status.value,
+        note=record.note,
+        curve=tuple(curve),
+    )
+
+
+def _advance(run: Run, steps: int) -> None:
+    end = run.step + steps
+    run.train_to_next_evaluation(lambda _: None, lambda: run.step >= end)
+
+
+def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> Workload:
+    comparison = Comparison(
+        problem=dataclasses.replace(plan.problem, evaluated_examples=len(loaded.test)),
+        methods=(method,),
+        budget=Steps(plan.max_steps),
+        seed=seed,
+        device=torch.device(plan.device),
+        threads=plan.threads,
+        schedule=EvaluationSchedule(count=1),  # at the end; the others come from `_advance`
+    )
+    workload = workload_of(comparison, loaded)
+    warm_up(workload)
+    some = torch.arange(min(_TRAINING_EXAMPLES, len(loaded.train)), device=plan.device)
+    return dataclasses.replace(workload, evaluated_train=workload.train[some])

@@ -1,0 +1,91 @@
+"""The training benchmark runs and counts what it should; times are never compared, since machines differ."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def convnet_training(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("CURVLIB_DATA", None)
+    command = [sys.executable, "-m", "benchmarks.convnet_training", "--threads", "1", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A run on the small digits, with a target that good learning rates reach and bad ones do not."""
+    folder = tmp_path_factory.mktemp("convnet-training")
+    words = ("--problem", "digits-convnet", "--methods", "sgd", "--methods", "adam", "--batch-sizes", 100)
+    limits = ("--target", 0.6, "--max-steps", 22, "--every", 5, "--seeds", 2, "--output", folder)
+    done = convnet_training(*words, *limits)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text(), done
+
+
+def test_every_setting_is_trained_from_every_seed(report):
+    values, _, done = report
+    trainings = [(t["method"], t["options"]["lr"], t["seed"]) for t in values["trainings"]]
+    assert len(set(trainings)) == len(trainings) == 2 * (5 + 4)
+    assert len(done.stderr.splitlines()) == len(trainings)
+    assert values["environment"]["threads"] == values["plan"]["threads"] == 1
+    assert values["plan"]["problem"]["problem"] == "digits-convnet"
+
+
+def test_settings_start_from_the_same_parameters(report):
+    values, _, _ = report
+    for seed in (0, 1):
+        assert len({t["curve"][0][2] for t in values["trainings"] if t["seed"] == seed}) == 1
+
+
+def test_trainings_end_at_the_target_or_with_their_steps(report):
+    values, _, _ = report
+    assert {t["reached"] for t in values["trainings"]} == {True, False}
+    for training in values["trainings"]:
+        *before, (last_step, _, last_accuracy) = training["curve"]
+        assert [step for step, _, _ in before] == list(range(0, 5 * len(before), 5))
+        assert all(accuracy < 0.6 for _, _, accuracy in before)
+        assert training["reached"] == (last_accuracy >= 0.6)
+        assert training["reached"] or last_step == 22
+        seconds = [time for _, time, _ in training["curve"]]
+        assert seconds == sorted(seconds)
+
+
+def test_the_best_setting_has_the_lowest_median(report):
+    values, table, done = report
+    assert table in done.stdout
+    first, second, _ = (part for part in table.split("\n\n") if part.startswith("| method"))
+    for part, measure in ((first, 0), (second, 1)):
+        row = next(line for line in part.splitlines() if line.startswith("| sgd |"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        lr = cells[-1].split("lr=")[1]
+        of_rate = {}
+        for training in values["trainings"]:
+            if training["method"] == "sgd":
+                value = training["curve"][-1][measure] if training["reached"] else float("inf")
+                of_rate.setdefault(training["options"]["lr"], []).append(value)
+        assert sum(of_rate[lr]) == min(map(sum, of_rate.values()))
+        assert cells[1] == f"{sum(of_rate[lr]) / 2:.4g}"
+        assert cells[3] == "2 of 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--data DIR or set the environment"),
+        (("--problem", "digits-autoencoder"), "has no accuracy: choose a classifier"),
+        (("--problem", "digits-convnet", "--output", "/proc/nowhere"), "name a folder that can be written"),
+    ],
+    ids=["no data", "no classifier", "unwritable folder"],
+)
+def test_bad_options_are_refused_before_any_training(arguments, message):
+    done = convnet_training(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
