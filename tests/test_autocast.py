@@ -3,10 +3,12 @@
 import pytest
 import torch
 from cases import classifier
+from torch import nn
 
 from curvlib import (
     GGN,
     EmpiricalFisher,
+    Objective,
 )
 from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact
 from curvlib.optimizers import (
@@ -72,3 +74,19 @@ def test_quadratic_forms_and_models_ignore_autocast(approximation):
         inside = C.quadratic_form(V), model.minimise_over(V).step, model.change(V[:, 0])
     for a, b in zip(outside, inside, strict=True):
         assert torch.equal(a, b)
+
+
+class FullPrecision(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_low_precision_body_with_float32_outputs_is_no_broken_backward_pass(seed):
+    torch.manual_seed(seed)
+    body = [layer for _ in range(5) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), *body, nn.Linear(64, 10), FullPrecision())
+    with bfloat16():
+        evaluation = Objective(model, nn.CrossEntropyLoss()).at((torch.randn(64, 20), torch.randint(10, (64,))))
+        C = Exact(GGN()).estimate(evaluation)
+        assert (C @ evaluation.gradient()).isfinite().all()

@@ -66,6 +66,16 @@ def change_by_an_optimizer(model):
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
+def change_by_fused_sgd(model):
+    model(BATCH[0]).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+
+
+def change_by_fused_adam(model):
+    model(BATCH[0]).sum().backward()
+    torch.optim.Adam(model.parameters(), lr=0.1, fused=True).step()
+
+
 def change_by_loading(model):
     model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
 
@@ -75,7 +85,15 @@ def change_by_replacing_data(model):
 
 
 @pytest.mark.parametrize(
-    "change", [change_under_no_grad, change_by_an_optimizer, change_by_loading, change_by_replacing_data]
+    "change",
+    [
+        change_under_no_grad,
+        change_by_an_optimizer,
+        change_by_fused_sgd,
+        change_by_fused_adam,
+        change_by_loading,
+        change_by_replacing_data,
+    ],
 )
 def test_a_stale_evaluation_raises(change):
     objective = make()
@@ -168,3 +186,10 @@ def test_vectors_of_the_wrong_length_or_type_are_refused():
         C @ torch.ones(31)
     with pytest.raises(TypeError, match="float32"):
         C @ torch.ones(32, dtype=torch.float64)
+
+
+def test_a_loss_with_a_hook_is_refused():
+    loss = nn.MSELoss()
+    loss.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="forward hook"):
+        Objective(nn.Linear(2, 2), loss)

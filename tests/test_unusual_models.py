@@ -11,12 +11,13 @@ from curvlib import (
     GGN,
     EmpiricalFisher,
     Fisher,
+    Hessian,
     LinearizationError,
     Objective,
     StaleEvaluationError,
     UnsupportedLayerError,
 )
-from curvlib.approximations import KFAC, BlockDiagonal, Diagonal, Exact
+from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact, NonFiniteStatisticsError
 from curvlib.solvers import (
     QuadraticModel,
     damped_inverse,
@@ -306,3 +307,22 @@ def test_gradient_hooks_on_parameters_are_refused():
     objective.model[0].weight.register_hook(lambda g: 2 * g)
     with pytest.raises(ValueError, match="gradient hook"):
         objective.at(batch)
+
+
+@pytest.mark.parametrize("approximation", [*LAYERWISE, Exact(GGN()), Exact(Hessian()), Dense(GGN())], ids=repr)
+def test_batches_that_are_not_finite_are_named_as_such(approximation):
+    objective, (x, y) = classifier()
+    x[0, 0] = float("nan")
+    for _ in range(2):
+        with pytest.raises(NonFiniteStatisticsError, match="objective is nan"):
+            approximation.estimate(objective.at((x, y)))
+    with pytest.raises(NonFiniteStatisticsError, match=r"not finite|objective is nan"):
+        approximation.estimate_over(objective, [(x, y)], progress=False)
+
+
+def test_examples_that_meet_are_found_after_a_batch_that_was_not_finite():
+    objective = Objective(nn.Sequential(nn.Linear(3, 4), CenteredHidden(), nn.Linear(4, 2)), nn.MSELoss())
+    with pytest.raises(NonFiniteStatisticsError):
+        KFAC(GGN()).estimate(objective.at((torch.full((6, 3), float("inf")), torch.zeros(6, 2))))
+    with pytest.raises(UnsupportedLayerError, match="meet in the model"):
+        KFAC(GGN()).estimate(objective.at((torch.randn(6, 3), torch.zeros(6, 2))))

@@ -1,7 +1,13 @@
 """Approximations of a curvature matrix: which statistics of it are kept."""
 
 from curvlib.approximations.assignment import AssignedApproximation, Assignment, layer_key
-from curvlib.approximations.base import Approximation, Description, StatisticalApproximation, Statistics
+from curvlib.approximations.base import (
+    Approximation,
+    Description,
+    NonFiniteStatisticsError,
+    StatisticalApproximation,
+    Statistics,
+)
 from curvlib.approximations.block_diagonal import BlockDiagonal
 from curvlib.approximations.diagonal import Diagonal
 from curvlib.approximations.exact import Dense, Exact
@@ -26,6 +32,7 @@ __all__ = [
     "Identity",
     "LayerwiseApproximation",
     "MovingAverage",
+    "NonFiniteStatisticsError",
     "PerLayer",
     "Reduce",
     "StatisticalApproximation",

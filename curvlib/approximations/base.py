@@ -84,6 +84,10 @@ class Statistics:
         return bool(torch.stack(finite).all()) if finite else True
 
 
+class NonFiniteStatisticsError(ArithmeticError):
+    """The statistics of a batch hold NaN or infinity, so that they make no curvature matrix."""
+
+
 class Approximation(ABC):
     """A way to keep a part of a curvature matrix; a frozen value without state.
 
@@ -116,8 +120,9 @@ class Approximation(ABC):
         """Return the operator of the loss on all batches together, at the current parameters.
 
         With reduction "mean" batches count by what the loss divides by, with "sum" they add up; so the result is that
-        of one large batch. Batches without a target that counts are left out. Averages over examples, such as K-FAC's
-        A, count batches by their number of examples, also where the number of positions differs.
+        of one large batch. Averages over examples, such as K-FAC's A, count batches by their number of examples, also
+        where the number of positions differs. Batches of a mean in which no target counts are left out altogether, A
+        included, while examples without such a target count in the A of a batch that has others.
 
         Args:
             objective: the objective.
@@ -154,9 +159,14 @@ class StatisticalApproximation(Approximation):
         """Return the operator that statistics make, the l2 term included."""
 
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
-        """Return the operator of one batch's statistics."""
+        """Return the operator of one batch's statistics.
+
+        Raises:
+            NonFiniteStatisticsError: the statistics hold NaN or infinity.
+        """
         with full_precision(evaluation.layout.device):
-            return self.operator(evaluation.objective, self.statistics(evaluation, generator))
+            statistics = self._finite(self.statistics(evaluation, generator), float(evaluation.value))
+            return self.operator(evaluation.objective, statistics)
 
     def estimate_over(
         self,
@@ -182,7 +192,17 @@ class StatisticalApproximation(Approximation):
             examples, weight = examples + evaluation.examples, weight + batch_weight
         if total is None:
             raise ValueError("estimate_over needs a loader with at least one batch, got none.")
-        return self.operator(objective, total.times(1 / examples, 1.0 if objective.loss.additive else 1 / weight))
+        mean = total.times(1 / examples, 1.0 if objective.loss.additive else 1 / weight)
+        return self.operator(objective, self._finite(mean, None))
+
+    def _finite(self, statistics: Statistics, value: float | None) -> Statistics:
+        if statistics.is_finite():
+            return statistics
+        where = "on these data" if value is None else f"on a batch where the objective is {value}"
+        raise NonFiniteStatisticsError(
+            f"the statistics of {type(self).__name__} are not finite {where}: look for NaN or overflow in inputs, "
+            "targets and parameters. (MovingAverage leaves such batches out and counts them.)"
+        )
 
 
 def with_l2(operator: LinearOperator, objective: Objective) -> LinearOperator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from curvlib.approximations.base import (
     Approximation,
     BlockRow,
     Description,
+    NonFiniteStatisticsError,
     StatisticalApproximation,
     Statistics,
     with_l2,
@@ -51,8 +53,12 @@ class Exact(Approximation):
         check_matrix(self, self.matrix)
 
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
-        """Return the matrix-free operator of one evaluation; it holds the evaluation and its graph."""
-        evaluation.check_fresh()
+        """Return the matrix-free operator of one evaluation; it holds the evaluation and its graph.
+
+        Raises:
+            NonFiniteStatisticsError: the objective is NaN or infinite on the batch.
+        """
+        check_finite(self, float(evaluation.value))
         products = self.matrix.products(evaluation, generator)
         operator = MatrixFree(
             products.product,
@@ -150,6 +156,8 @@ class _Sweep:
         self._versions = self._parameter_versions()
         bar = tqdm(loader, desc="objective over the data", disable=not progress, unit="batch")
         self._values = [(float(evaluation.value), float(weight)) for evaluation, weight in self._evaluations(bar)]
+        for value, _ in self._values:
+            check_finite(matrix, value)
         if not self._values:
             raise ValueError("estimate_over needs a loader with at least one batch, got none.")
 
@@ -216,6 +224,15 @@ def check_matrix(approximation: Approximation, matrix: object) -> None:
         raise TypeError(
             f"{type(approximation).__name__} needs a curvature matrix such as curvlib.GGN() or curvlib.Fisher(), "
             f"got {matrix!r}."
+        )
+
+
+def check_finite(what: object, value: float) -> None:
+    """Raise NonFiniteStatisticsError unless the objective is finite."""
+    if not isfinite(value):
+        raise NonFiniteStatisticsError(
+            f"{what!r} cannot be made of a batch where the objective is {value}: look for NaN or overflow in inputs, "
+            "targets and parameters."
         )
 
 

@@ -122,17 +122,17 @@ def _(factors: DenseFactors, sharing: WeightSharing) -> Float[Tensor, "*groups c
 @_input_factor.register
 def _(factors: LookupFactors, sharing: WeightSharing) -> Float[Tensor, " columns"]:
     rows = sharing.lookups(factors)
-    return rows.squared_inputs() / (rows.examples * rows.positions)
+    return rows.squared_inputs() / max(rows.examples * rows.positions, 1)
 
 
 def _mean(moments: InputMoments) -> Float[Tensor, "groups d_in d_in"]:
-    return moments.outer / moments.count
+    return moments.outer / max(moments.count, 1)  # no position at all: zero
 
 
 def _bordered(moments: InputMoments) -> Float[Tensor, "groups columns columns"]:
     """Return A with the border of the homogeneous coordinate from the rows' sum (no copy of the inputs with ones)."""
-    mean = (moments.total / moments.count).unsqueeze(1)
-    ones = mean.new_ones(mean.shape[0], 1, 1)
+    mean = (moments.total / max(moments.count, 1)).unsqueeze(1)
+    ones = mean.new_full((mean.shape[0], 1, 1), float(moments.count > 0))
     return torch.cat([torch.cat([_mean(moments), mean.mT], 2), torch.cat([mean, ones], 2)], 1)
 
 

@@ -34,7 +34,8 @@ class Call:
         input: what the rule has kept of its arguments.
         versions: the versions of the tensors in it then; a later one means that one was modified in place.
         input_edges: where the call's tensors came from, without those that do not depend on a parameter.
-        edge: the output of the call in the autograd graph.
+        edge: the output of the call in the autograd graph, or the tensor that it is a view of.
+        view: size, stride and offset of the output in that tensor; None where the edge is the output's own.
     """
 
     planned: PlannedModule
@@ -42,6 +43,7 @@ class Call:
     versions: tuple[int, ...]
     input_edges: tuple[GradientEdge, ...]
     edge: GradientEdge
+    view: tuple[torch.Size, tuple[int, ...], int] | None
 
 
 class Tape:
@@ -120,6 +122,8 @@ class Tape:
             if gradient is None:
                 continue  # a branch that the outputs do not depend on
             _check_versions(call)
+            if call.view is not None:
+                gradient = gradient.contiguous().as_strided(*call.view)
             made = self._extension.collect(call.planned.module, call.input, gradient)
             for target, use in zip(call.planned.targets, made, strict=True):
                 if target is not None and id(target[0]) in uses:
@@ -139,9 +143,22 @@ class Tape:
                 for tensor in tensors_in((args, tuple(kwargs.values())))
                 if tensor.requires_grad
             )
-            self._calls.append(Call(planned, x, versions, edges, get_gradient_edge(result)))
+            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result)))
 
         return note
+
+
+def _output_edge(output: Tensor) -> tuple[GradientEdge, tuple[torch.Size, tuple[int, ...], int] | None]:
+    """Return where a call's output stands in the graph.
+
+    An in-place operation on a view (``Linear`` with a bias returns one for inputs with several dimensions) gives the
+    view another node and leaves that of its base: where the view is all of its base, the base's edge is kept.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or not base.is_contiguous() or base.grad_fn is None:
+        return get_gradient_edge(output), None
+    view = output.size(), output.stride(), int(output.storage_offset()) - int(base.storage_offset())
+    return get_gradient_edge(base), view
 
 
 def _layers_of(planned: PlannedModule) -> set[int]:

@@ -226,7 +226,8 @@ class LayerFactors:
     def touches_others(self, example: int) -> bool:
         """Return whether an output gradient of another example than the given one is not zero. Waits for the device."""
         gradients = [use.g for factors in self.maps for use in factors.uses]
-        return any(bool(g[:example].any() or g[example + 1 :].any()) for g in gradients)
+        # NaN is not greater than 0: what is not finite says nothing about who meets whom
+        return any(bool((g[:example].abs() > 0).any() or (g[example + 1 :].abs() > 0).any()) for g in gradients)
 
 
 def _in_layer_order(factors: MapFactors) -> Float[Tensor, "n size"]:

@@ -39,7 +39,8 @@ class Evaluation:
 
     Made by :meth:`Objective.at`. It keeps the autograd graph alive and raises :class:`StaleEvaluationError` when it is
     used after the parameters or the batch have changed. (A change is noticed through PyTorch's version counters, which
-    writes to ``parameter.data`` do not move; write under ``torch.no_grad()`` instead.)
+    writes to ``parameter.data`` do not move; write under ``torch.no_grad()`` instead. Steps of fused optimizers move
+    them, see :mod:`.fused`.)
 
     Attributes:
         objective: what was evaluated.
@@ -254,6 +255,9 @@ class Evaluation:
         """
         if self.examples == 1 or not self.objective.is_first("independence of examples"):
             return
+        if not bool(self._outputs.isfinite().all()):
+            self.objective.forget("independence of examples")  # NaN shows nothing
+            return
         work = self.work
         for example in (0, self.examples - 1):
             vector = torch.zeros_like(self._outputs)
@@ -280,16 +284,24 @@ class Evaluation:
             jv = self._differentiate(transposed, [u], v)[0].to(self._outputs.dtype)
             square = jv.square().sum()
             difference = (v @ self._vjp(jv) - square).abs()
-            # Half the digits: rounding stays far below, a lost layer far above.
-            if bool(difference > torch.finfo(self._graph.dtype).eps ** 0.5 * square):
+            # Half the digits of the coarsest type: rounding stays far below, a lost layer far above.
+            if bool(difference > self._coarsest_eps() ** 0.5 * square):
                 self.objective.forget("linearization")
                 raise LinearizationError(
                     f"<J v, J v> and <v, J^T J v> differ by {float(difference / square):.1e} of their size: some "
                     "operation's backward pass cannot be differentiated (once_differentiable, or computed outside "
-                    "of PyTorch). Give it a differentiable one; layerwise approximations need none."
+                    "of PyTorch), or the model computes in a lower precision than its parameters and outputs have. "
+                    "Give it a differentiable one, or use autocast for low precision; layerwise approximations need "
+                    "neither."
                 )
             self.work = work
         return u, transposed
+
+    def _coarsest_eps(self) -> float:
+        """Return the rounding error of the coarsest type that takes part: outputs, parameters, autocast."""
+        types = {self._graph.dtype, *(parameter.dtype for parameter in self._parameters)}
+        autocast = self._forward.autocast_type
+        return max(torch.finfo(dtype).eps for dtype in (*types, *((autocast,) if autocast is not None else ())))
 
     def _differentiate(self, transposed: Tensor, of: list[Tensor], vector: Tensor) -> tuple[Any, ...]:
         self.work += _BACKWARD

@@ -28,6 +28,11 @@ class ForwardPass:
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_type = torch.get_autocast_dtype(device.type)
 
+    @property
+    def autocast_type(self) -> torch.dtype | None:
+        """The type that autocast computed in, None without autocast."""
+        return self._autocast_type if self._autocast else None
+
     def __call__(self) -> Any:
         """Call the model at its own parameters."""
         if self._autocast:

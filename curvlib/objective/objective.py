@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curvlib.extensions import LayerPlan, Tape, plan_layers
 from curvlib.objective.evaluation import Evaluation
 from curvlib.objective.forward import Batch, ForwardPass, tensors_of
+from curvlib.objective.fused import watch
 from curvlib.output_losses import OutputLoss, output_loss
 from curvlib.parameters import ParameterLayout, trainable_parameters
 
@@ -28,7 +29,7 @@ class Objective:
     Args:
         model: the network; its parameters that require a gradient are theta.
         loss: a supported PyTorch loss module (see :mod:`curvlib.output_losses`) or an
-            :class:`~curvlib.output_losses.OutputLoss`.
+            :class:`~curvlib.output_losses.OutputLoss`. The module's options are read now, later changes have no effect.
         l2: weight of the squared norm of theta, at least 0.
 
     Attributes:
@@ -51,6 +52,11 @@ class Objective:
             raise TypeError(f"Objective needs model to be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(l2, bool) or not (isinstance(l2, (int, float)) and math.isfinite(l2) and l2 >= 0):
             raise ValueError(f"Objective needs a finite l2 >= 0, got {l2!r}.")
+        if isinstance(loss, nn.Module) and (loss._forward_hooks or loss._forward_pre_hooks):
+            raise ValueError(
+                f"{type(loss).__name__} has a forward hook, which curvlib's formulas of the loss would ignore: remove it, "
+                "or write the changed loss as an OutputLoss."
+            )
         self.model = model
         self.loss = output_loss(loss)
         self.l2 = float(l2)
@@ -61,6 +67,7 @@ class Objective:
             for dtype, shape in zip(self.layout.dtypes, self.layout.shapes, strict=True)
         ]
         self._owners = _owners(model, self.layout.names)
+        watch(trainable_parameters(model).values())
         self._done: set[tuple[Any, ...]] = set()
 
     @property

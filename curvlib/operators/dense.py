@@ -75,7 +75,7 @@ class Dense(LinearOperator):
 
     @override
     def to_dense(self) -> Float[Tensor, "D D"]:
-        return self.matrix
+        return self.matrix.clone()  # an operator never changes, whatever the caller does with the result
 
     @override
     def frobenius_norm(self) -> Float[Tensor, ""]:

@@ -96,6 +96,9 @@ def _examples(targets: Any, N: int, part: slice) -> Any:
     """Return the targets of some examples, or None where their structure does not show which these are."""
     if isinstance(targets, Tensor):
         return targets[part] if targets.ndim > 0 and targets.shape[0] == N else None
+    if isinstance(targets, dict):
+        values = {key: _examples(target, N, part) for key, target in targets.items()}
+        return None if any(value is None for value in values.values()) else values
     if isinstance(targets, (tuple, list)):
         pieces = [_examples(target, N, part) for target in targets]
         return None if any(piece is None for piece in pieces) else type(targets)(pieces)

@@ -39,6 +39,8 @@ _NOISE_OF_RECURRENCE = 0.1
 # A true residual within ten times that size is what backward stability gives; a larger one is worth a restart.
 _BACKWARD_STABLE = 10.0
 _MOST_RESTARTS = 3
+# A relative residual at the rounding floor that leaves fewer than two digits of b is no solution.
+_LEAST_USEFUL = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -288,7 +290,10 @@ class _Recurrence:
         excess = norm * self.scale - target
         self._end(self._running, Status.ITERATION_LIMIT)
         judged = torch.full_like(self.status, Status.BREAKDOWN.value)
-        judged = torch.where(excess <= bound, Status.ROUNDING_FLOOR.value, judged)
+        judged = torch.where(excess <= bound, Status.ILL_CONDITIONED.value, judged)
+        # |A| |x| may exceed |b| by any factor, and then backward stability says nothing about this system.
+        useful = norm * self.scale <= _LEAST_USEFUL * self.rhs_norm
+        judged = torch.where((excess <= bound) & useful, Status.ROUNDING_FLOOR.value, judged)
         judged = torch.where(excess <= bound.minimum(target), Status.CONVERGED.value, judged)
         judged = torch.where(norm.isfinite(), judged, Status.NOT_FINITE.value)
         self.status = torch.where(finished, judged, self.status)

@@ -241,5 +241,5 @@ def _reciprocal(e: Float[Tensor, " ..."], operator: LinearOperator, damping: flo
         )
     raise SolveError(
         f"C + damping I is not positive definite for {operator!r} with damping = {damping:.3g}: C has the "
-        f"eigenvalue {smallest:.3g}. Use a damping above {max(-smallest, 0.0):.3g}."
+        f"eigenvalue {smallest:.3g}. Use a damping above {abs(min(smallest, 0.0)):.3g}."
     )

@@ -27,6 +27,8 @@ class Status(Enum):
     * ``ROUNDING_FLOOR``: the rule asks for more than the dtype can give: b - A x is already at the rounding errors of
       the product A x, so that x is the exact solution of a system that differs from A in its last digits.
     * ``ITERATION_LIMIT``: the limit came first; x is the last iterate.
+    * ``ILL_CONDITIONED``: as the rounding floor, but these errors are above a hundredth of b: x solves a nearby system
+      only, and may be no use for this one.
     * ``NEGATIVE_CURVATURE``: p^T A p <= 0 along a search direction p: A is not positive definite.
     * ``BREAKDOWN``: the recurrence lost its meaning: the preconditioner is not positive definite, or the true
       residual does not follow the recurrence (a random or non-linear operator).
@@ -36,9 +38,10 @@ class Status(Enum):
     CONVERGED = 0
     ROUNDING_FLOOR = 1
     ITERATION_LIMIT = 2
-    NEGATIVE_CURVATURE = 3
-    BREAKDOWN = 4
-    NOT_FINITE = 5
+    ILL_CONDITIONED = 3
+    NEGATIVE_CURVATURE = 4
+    BREAKDOWN = 5
+    NOT_FINITE = 6
 
     @property
     def solved(self) -> bool:
@@ -56,6 +59,9 @@ _DIAGNOSES = {
     "residual {residual} (asked {asked}); for a smaller one raise the damping or compute in a wider dtype",
     Status.ITERATION_LIMIT: "stopped at its limit of {limit} iterations with relative residual {residual} "
     "(asked {asked}); raise max_iterations, the damping or the tolerance",
+    Status.ILL_CONDITIONED: "cannot solve the system in {dtype}: after {iterations} iterations the rounding errors of "
+    "its products leave a relative residual of {residual} (asked {asked}); raise the damping or compute in a wider "
+    "dtype",
     Status.NEGATIVE_CURVATURE: "met negative curvature, p^T (C + damping I) p <= 0, after {iterations} iterations with "
     "relative residual {residual}; raise the damping above minus the smallest eigenvalue of C, or use a positive "
     "semi-definite curvature matrix",

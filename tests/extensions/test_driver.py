@@ -98,6 +98,35 @@ def test_sharing_and_in_place_operations_are_right(make):
     torch.testing.assert_close(rebuilt_gradient(evaluation, evaluation.output_gradient), network.gradient(), **CLOSE)
 
 
+class InPlaceOnViews(nn.Module):
+    """For several positions ``Linear`` with a bias returns a view, which in-place operations give another history."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        out = functional.relu_(self.a(x))
+        out = self.b(out).mul_(2.0)
+        out += x
+        return functional.dropout(self.c(out), training=False, inplace=True).add_(1.0)
+
+
+@pytest.mark.parametrize("positions", [(), (2,), (2, 2)])
+def test_in_place_operations_on_outputs_at_several_positions_are_right(positions):
+    x, y = torch.randn(3, *positions, 3).double(), torch.randn(3, *positions, 3).double()
+    network, evaluation = evaluate(InPlaceOnViews().double(), x, y)
+    assert_blocks_are_right(network, evaluation)
+
+
+def test_a_layer_at_no_position_has_zero_curvature():
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "empty": nn.Linear(3, 2)}).double()
+    model.forward = lambda x: model["used"](x) + model["empty"](x.new_zeros(4, 0, 3)).sum(1)
+    _, evaluation = evaluate(model, torch.randn(4, 3).double(), torch.randn(4, 2).double())
+    for approximation in (KFAC(GGN()), Diagonal(GGN()), BlockDiagonal(GGN())):
+        assert approximation.estimate(evaluation).to_dense()[8:].abs().max() == 0
+
+
 def test_calls_of_one_layer_are_positions():
     _, evaluation = evaluate(CalledTwice().double(), torch.randn(5, 3).double(), torch.randn(5, 3).double())
     positions = {f.layer.name: f.maps[0].a.shape for f in evaluation.layer_factors(torch.ones(5, 3).double())}

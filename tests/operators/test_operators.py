@@ -334,3 +334,9 @@ INDEX = torch.tensor([0, 1])
 def test_bad_coordinates_are_named(coordinates, size, error, message):
     with pytest.raises(error, match=message):
         BlockDiagonal((Identity(2), Identity(2)), coordinates, size)
+
+
+def test_a_dense_matrix_can_be_changed_without_the_operator():
+    C = Dense(torch.eye(2))
+    C.to_dense().mul_(0.0)
+    assert torch.equal(C @ torch.ones(2), torch.ones(2))

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvlib.operators import Dense, Diagonal, LinearOperator
+from curvlib.operators import Dense, Diagonal, LinearOperator, MatrixFree
+from curvlib.solvers import damped_inverse
 from curvlib.solvers.cg import CG
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.solution import (
@@ -499,3 +500,15 @@ def test_the_inverse_is_an_operator():
     torch.testing.assert_close(inverse.to_dense(), expected)
     torch.testing.assert_close(inverse.trace(), expected.trace())
     assert (inverse.shape, inverse.dtype, inverse.device.type) == ((6, 6), torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_solution_that_rounding_errors_have_made_useless_is_not_called_solved(seed):
+    """Singular up to the damping in float32: x grows until its own rounding errors exceed b."""
+    torch.manual_seed(seed)
+    U = torch.randn(14, 10)
+    C = MatrixFree(lambda V: U @ (U.T @ V), 14)
+    solution = CG(max_iterations=300, stop=ResidualTest(relative=1e-5))(C, 1e-6).solve(torch.ones(14))
+    assert not solution.solved or solution.residual_norm <= 1e-2
+    with pytest.raises(SolveError, match="raise the damping"):
+        damped_inverse(C, 1e-6) @ torch.ones(14)
