@@ -37,7 +37,7 @@ class Network:
         return self.loss_of_outputs(self.outputs(theta)) + 0.5 * self.l2 * theta.square().sum()
 
     def gradient(self):
-        return jacrev(self.value)(self.theta)
+        return torch.autograd.functional.jacobian(self.value, self.theta)
 
     def jacobian(self):
         """J of shape (number of outputs, D)."""

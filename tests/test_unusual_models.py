@@ -5,12 +5,14 @@ import torch
 from cases import classifier, mlp
 from oracles import Network
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from curvlib import (
     GGN,
     EmpiricalFisher,
     Fisher,
+    FusedAttentionWarning,
     Hessian,
     LinearizationError,
     Objective,
@@ -133,19 +135,43 @@ def test_a_backward_pass_that_cannot_be_differentiated_is_refused_for_exact_prod
     assert KFAC(GGN()).estimate(objective.at(batch)).trace() > 0
 
 
-def test_fused_attention_names_the_remedy():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.project = nn.Linear(8, 8)
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(4, 4)
 
-        def forward(self, x):
-            q = self.project(x).unsqueeze(1)
-            return nn.functional.scaled_dot_product_attention(q, q, q).mean((1, 2))
+    def forward(self, x):
+        q = self.project(x).unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(q, q, q).mean((1, 2))
 
-    evaluation = Objective(Attention(), nn.MSELoss()).at((torch.randn(2, 4, 8), torch.randn(2, 8)))
-    with pytest.raises(LinearizationError, match="sdpa_kernel"):
-        Exact(GGN()).estimate(evaluation) @ torch.ones(72)
+
+@pytest.mark.parametrize("matrix", [GGN(), Hessian()])
+def test_fused_attention_gives_way_to_the_differentiable_kernel_and_says_so_once(matrix):
+    batch = torch.randn(2, 3, 4).double(), torch.randn(2, 4).double()
+    network = Network(Attention().double(), nn.MSELoss(), *batch)
+    dense = (
+        network.ggn()
+        if isinstance(matrix, GGN)
+        else torch.autograd.functional.hessian(
+            lambda theta: network.loss(math_attention(network, theta), network.targets), network.theta
+        )
+    )
+    objective = Objective(network.model, network.loss)
+    evaluation = objective.at(batch)
+    factors = KFAC(GGN()).estimate(evaluation).to_dense()
+    with pytest.warns(FusedAttentionWarning, match=r"SDPBackend\.MATH"):
+        C = Exact(matrix).estimate(evaluation).to_dense()
+    torch.testing.assert_close(C, dense, **CLOSE)
+    torch.testing.assert_close(evaluation.gradient(), network.gradient(), **CLOSE)
+    torch.testing.assert_close(KFAC(GGN()).estimate(evaluation).to_dense(), factors, **CLOSE)
+    again = objective.at(batch)  # without a warning
+    torch.testing.assert_close(Exact(matrix).estimate(again).to_dense(), dense, **CLOSE)
+    torch.testing.assert_close(again.value_at(network.theta), again.value)
+
+
+def math_attention(network, theta):
+    with sdpa_kernel(SDPBackend.MATH):
+        return network.outputs(theta)
 
 
 def test_excluding_everything_leaves_the_damping_alone():

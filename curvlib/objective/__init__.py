@@ -1,7 +1,8 @@
 """The objective that the user wrote, and one evaluation of it: a forward pass and all that its graph can answer."""
 
-from curvlib.objective.evaluation import Evaluation, LinearizationError, StaleEvaluationError
+from curvlib.objective.errors import FusedAttentionWarning, LinearizationError, StaleEvaluationError
+from curvlib.objective.evaluation import Evaluation
 from curvlib.objective.forward import Batch
 from curvlib.objective.objective import Objective
 
-__all__ = ["Batch", "Evaluation", "LinearizationError", "Objective", "StaleEvaluationError"]
+__all__ = ["Batch", "Evaluation", "FusedAttentionWarning", "LinearizationError", "Objective", "StaleEvaluationError"]

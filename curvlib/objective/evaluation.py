@@ -5,7 +5,8 @@ Symbols: D parameters, N examples, z (N, ...) the model's outputs, L(z, y) the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape, UnsupportedLayerError
+from curvlib.objective.errors import (
+    FusedAttentionError,
+    FusedAttentionWarning,
+    LinearizationError,
+    StaleEvaluationError,
+)
 from curvlib.objective.forward import ForwardPass, tensors_of
 from curvlib.operators import full_precision
 
@@ -24,14 +31,6 @@ if TYPE_CHECKING:
 
 # Work in gradients: a forward pass, a backward pass with weight gradients, and one down to the layers' outputs alone.
 _FORWARD, _BACKWARD, _TO_OUTPUTS = 1 / 3, 2 / 3, 1 / 3
-
-
-class StaleEvaluationError(RuntimeError):
-    """An evaluation was used after its parameters or its batch had changed."""
-
-
-class LinearizationError(RuntimeError):
-    """The model's backward pass cannot be differentiated, so that exact products are not available."""
 
 
 class Evaluation:
@@ -68,7 +67,7 @@ class Evaluation:
         # tensors made in inference mode have no version; autograd keeps none of them either
         batch_tensors = (*tensors_of(inputs), *tensors_of(self.targets))
         self._batch_tensors = [tensor for tensor in batch_tensors if not tensor.is_inference()]
-        self._graph = outputs
+        self._graph = self._recorded = outputs
         self._tape = tape
         self._forward = forward
         self._linearize = linearize
@@ -168,8 +167,7 @@ class Evaluation:
             return self._jvp(vector)
 
     def _jvp(self, vector: Float[Tensor, " D"]) -> Float[Tensor, "N ..."]:
-        u, transposed = self._linearization
-        return self._differentiate(transposed, [u], vector)[0].to(self._outputs.dtype)
+        return self._derivatives(vector)[0].to(self._outputs.dtype)
 
     def vjp(self, vector: Float[Tensor, "N ..."]) -> Float[Tensor, " D"]:
         """Return J^T v for v of the outputs' shape: one ordinary backward pass."""
@@ -195,8 +193,7 @@ class Evaluation:
         self.check_fresh()
         self.layout.check(vector)
         with full_precision(self.layout.device):
-            u, transposed = self._linearization
-            product, *second = self._differentiate(transposed, [u, *self._parameters], vector)
+            product, *second = self._derivatives(vector, self._parameters)
         return product.to(self._outputs.dtype), self.layout.join(second)
 
     def layer_factors(self, vector: Float[Tensor, "N ..."]) -> Iterator[LayerFactors]:
@@ -204,7 +201,7 @@ class Evaluation:
         self.check_fresh()
         self.work += _TO_OUTPUTS
         with full_precision(self.layout.device):
-            yield from self._tape.factors(self._graph, vector)
+            yield from self._tape.factors(self._recorded, vector)
 
     def per_example_vjp(self, names: tuple[str, ...], vector: Float[Tensor, "N ..."]) -> Iterator[list[Tensor]]:
         """Yield J_n^T v_n for the named parameters, example by example: N backward passes, for any model."""
@@ -297,6 +294,34 @@ class Evaluation:
             self.work = work
         return u, transposed
 
+    def _derivatives(self, vector: Float[Tensor, " D"], parameters: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Return the derivatives of J^T u . v by u and by the given parameters."""
+        try:
+            u, transposed = self._linearization
+            return self._differentiate(transposed, [u, *parameters], vector)
+        except FusedAttentionError:
+            self._replace_fused_attention()
+            u, transposed = self._linearization
+            return self._differentiate(transposed, [u, *parameters], vector)
+
+    def _replace_fused_attention(self) -> None:
+        """Make the forward pass again with the attention kernel that can be differentiated twice, and say so once."""
+        if not self.objective.differentiable_attention:
+            self.objective.differentiable_attention = True
+            warnings.warn(
+                "exact products differentiate the backward pass of attention, which fused kernels do not allow: "
+                "forward passes for them use PyTorch's SDPBackend.MATH from now on (those of objective.at(batch, "
+                "linearize=False) do not).",
+                FusedAttentionWarning,
+                stacklevel=2,
+            )
+        self._forward.differentiable_attention = True
+        self.work += _FORWARD
+        with torch.enable_grad():
+            self._graph = self._forward.at(dict(zip(self.layout.names, self._parameters, strict=True)))
+        for cached in ("_transposed", "_linearization"):
+            vars(self).pop(cached, None)
+
     def _coarsest_eps(self) -> float:
         """Return the rounding error of the coarsest type that takes part: outputs, parameters, autocast."""
         types = {self._graph.dtype, *(parameter.dtype for parameter in self._parameters)}
@@ -311,9 +336,11 @@ class Evaluation:
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
+            self.objective.forget("linearization")
+            if "scaled_dot_product" in str(error) and not self._forward.differentiable_attention:
+                raise FusedAttentionError(str(error)) from error
             raise LinearizationError(
-                f"exact products need a backward pass that can be differentiated, but: {error} For attention choose "
-                "the differentiable kernel around objective.at: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+                f"exact products need a backward pass that can be differentiated, but: {error}"
             ) from error
 
     def _fingerprint(self) -> list[tuple[int, bool, int, int]]:

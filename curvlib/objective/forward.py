@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Batch = tuple[Any, Any]
 
@@ -19,6 +20,10 @@ class ForwardPass:
         model: the network.
         inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
         device: where the model lies.
+
+    Attributes:
+        differentiable_attention: whether scaled dot-product attention uses the kernel whose backward pass can be
+            differentiated, in place of a fused one.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, device: torch.device) -> None:
@@ -27,6 +32,7 @@ class ForwardPass:
         self._random_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_type = torch.get_autocast_dtype(device.type)
+        self.differentiable_attention = False
 
     @property
     def autocast_type(self) -> torch.dtype | None:
@@ -39,13 +45,14 @@ class ForwardPass:
             # autocast keeps low-precision copies of the parameters for a whole block, also of old ones
             torch.clear_autocast_cache()
         args, kwargs = _arguments(self._inputs)
-        return self._model(*args, **kwargs)
+        with self._attention():
+            return self._model(*args, **kwargs)
 
     def at(self, parameters: dict[str, Tensor]) -> Any:
         """Call the model at other parameters, with the same random numbers; the model itself stays as it is."""
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         args, kwargs = _arguments(self._inputs)
-        with self._same_random_numbers(), self.same_precision():
+        with self._same_random_numbers(), self.same_precision(), self._attention():
             return torch.func.functional_call(self._model, {**parameters, **buffers}, args, kwargs)
 
     @contextmanager
@@ -53,6 +60,9 @@ class ForwardPass:
         """Switch autocast to what it was at the first call."""
         with torch.autocast(self._device.type, dtype=self._autocast_type, enabled=self._autocast):
             yield
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(SDPBackend.MATH) if self.differentiable_attention else nullcontext()
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:

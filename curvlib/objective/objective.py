@@ -35,6 +35,8 @@ class Objective:
     Attributes:
         layout: how theta's tensors lie in flat vectors (D,).
         plan: which parameters belong to which layer.
+        differentiable_attention: whether forward passes for exact products use PyTorch's attention kernel that can be
+            differentiated twice; set by the first exact product that needs it.
 
     Raises:
         TypeError: the model is no module, or the loss is not supported.
@@ -54,8 +56,8 @@ class Objective:
             raise ValueError(f"Objective needs a finite l2 >= 0, got {l2!r}.")
         if isinstance(loss, nn.Module) and (loss._forward_hooks or loss._forward_pre_hooks):
             raise ValueError(
-                f"{type(loss).__name__} has a forward hook, which curvlib's formulas of the loss would ignore: remove it, "
-                "or write the changed loss as an OutputLoss."
+                f"{type(loss).__name__} has a forward hook, which curvlib's formulas of the loss would ignore: "
+                "remove it, or write the changed loss as an OutputLoss."
             )
         self.model = model
         self.loss = output_loss(loss)
@@ -69,6 +71,7 @@ class Objective:
         self._owners = _owners(model, self.layout.names)
         watch(trainable_parameters(model).values())
         self._done: set[tuple[Any, ...]] = set()
+        self.differentiable_attention = False
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -124,7 +127,9 @@ class Objective:
         """
         inputs, targets = self._check_batch(batch)
         parameters = self.parameters
-        forward, tape = ForwardPass(self.model, inputs, self.layout.device), Tape(self.plan)
+        forward = ForwardPass(self.model, inputs, self.layout.device)
+        forward.differentiable_attention = linearize and self.differentiable_attention
+        tape = Tape(self.plan)
         with torch.enable_grad(), tape.recording():
             outputs = forward()
         self._check_outputs(outputs)

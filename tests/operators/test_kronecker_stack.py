@@ -108,7 +108,9 @@ class ByFirstEntry(Balance):
         return ((first / second) ** 0.5, (second / first) ** 0.5)
 
 
-@pytest.mark.parametrize("balance", [TraceNormPi(), UnitPi(), FixedPi(0.3), ByFirstEntry()], ids=repr)
+@pytest.mark.parametrize(
+    "balance", [TraceNormPi(), UnitPi(), FixedPi(0.3), ByFirstEntry()], ids=lambda balance: type(balance).__name__
+)
 @few
 @given(seed=seeds, count=counts, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), damping=dampings)
 def test_factored_damping_shares_it_block_by_block(balance, seed, count, sizes, damping):

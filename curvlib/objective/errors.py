@@ -1,0 +1,19 @@
+"""What an evaluation refuses to answer, and why."""
+
+from __future__ import annotations
+
+
+class StaleEvaluationError(RuntimeError):
+    """An evaluation was used after its parameters or its batch had changed."""
+
+
+class LinearizationError(RuntimeError):
+    """The model's backward pass cannot be differentiated, so that exact products are not available."""
+
+
+class FusedAttentionWarning(UserWarning):
+    """Attention is computed by another kernel than PyTorch would choose, so that exact products exist."""
+
+
+class FusedAttentionError(LinearizationError):
+    """A fused attention kernel stands in the way of exact products."""
