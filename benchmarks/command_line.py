@@ -14,6 +14,7 @@ from time import perf_counter, process_time
 import click
 import torch
 
+from benchmarks.convolutional_statistics import CONVOLUTIONAL_STATISTICS
 from benchmarks.ggn_products import GGN_PRODUCTS
 from benchmarks.kfac_statistics import KFAC_STATISTICS
 from benchmarks.measurement import Result, Settings, run
@@ -22,7 +23,9 @@ from benchmarks.report import markdown, write
 from benchmarks.steps import STEPS
 from benchmarks.subjects import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (*GGN_PRODUCTS, KFAC_STATISTICS, STEPS)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (*GGN_PRODUCTS, KFAC_STATISTICS, *CONVOLUTIONAL_STATISTICS, STEPS)
+}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -5,6 +5,7 @@ Symbols: N examples; a gradient is one forward pass, the loss, and one backward 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +22,13 @@ class Workload:
     Attributes:
         model: the network.
         loss: the loss module.
-        inputs: (N, d_in).
+        inputs: (N, ...).
         targets: what the loss takes.
     """
 
     model: nn.Module
     loss: nn.Module
-    inputs: Shaped[Tensor, "N d_in"]
+    inputs: Shaped[Tensor, "N ..."]
     targets: Shaped[Tensor, "N ..."]
 
     @property
@@ -60,9 +61,27 @@ class Workload:
         return torch.randn(self.size, columns, device=self.inputs.device, generator=generator)
 
 
+class Problem(ABC):
+    """A network and a random batch, in float32; ``str()`` describes it.
+
+    Attributes:
+        name: as it appears in the report.
+    """
+
+    name: str
+
+    @abstractmethod
+    def workload(self, device: torch.device) -> Workload:
+        """Return the batch and a model of its own, the same numbers at every call."""
+
+    @abstractmethod
+    def tiny(self) -> Problem:
+        """Return the same problem with few units and examples, to try the code out."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A fully connected network with tanh units and a random batch, in float32.
+class Chain(Problem):
+    """A fully connected network with tanh units.
 
     Args:
         name: as it appears in the report.
@@ -79,7 +98,7 @@ class Problem:
     linear_layers: tuple[int, ...] = ()
 
     def workload(self, device: torch.device) -> Workload:
-        """Return the batch and a model of its own, the same numbers at every call."""
+        """Return the batch and a model of its own."""
         torch.manual_seed(0)
         inputs = torch.rand(self.examples, self.widths[0])
         labels = torch.randint(self.widths[-1], (self.examples,))
@@ -89,10 +108,10 @@ class Problem:
             return Workload(model=model, loss=nn.CrossEntropyLoss(), inputs=inputs, targets=labels.to(device))
         return Workload(model=model, loss=nn.MSELoss(), inputs=inputs, targets=inputs)
 
-    def tiny(self) -> Problem:
-        """Return the same problem with at most 8 units a layer and 16 examples, to try the code out."""
+    def tiny(self) -> Chain:
+        """Return the same problem with at most 8 units a layer and 16 examples."""
         widths = tuple(min(width, 8) for width in self.widths)
-        return Problem(
+        return Chain(
             name=f"{self.name} (tiny)",
             widths=widths,
             examples=min(self.examples, 16),
@@ -114,11 +133,11 @@ class Problem:
         return nn.Sequential(*modules)
 
 
-AUTOENCODER = Problem(
+AUTOENCODER = Chain(
     name="auto-encoder",
     widths=(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
     examples=1000,
     classification=False,
     linear_layers=(4,),
 )
-SMALL_NETWORK = Problem(name="small network", widths=(20, 32, 32, 10), examples=64, classification=True)
+SMALL_NETWORK = Chain(name="small network", widths=(20, 32, 32, 10), examples=64, classification=True)

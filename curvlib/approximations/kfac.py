@@ -126,7 +126,8 @@ def _(factors: LookupFactors, sharing: WeightSharing) -> Float[Tensor, " columns
 
 
 def _mean(moments: InputMoments) -> Float[Tensor, "groups d_in d_in"]:
-    return moments.outer / max(moments.count, 1)  # no position at all: zero
+    # in place: the sums are nobody else's, and as large as A; no position at all makes zero
+    return moments.outer.div_(max(moments.count, 1))
 
 
 def _bordered(moments: InputMoments) -> Float[Tensor, "groups columns columns"]:

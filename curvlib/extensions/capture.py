@@ -123,7 +123,9 @@ class Tape:
                 continue  # a branch that the outputs do not depend on
             _check_versions(call)
             if call.view is not None:
-                gradient = gradient.contiguous().as_strided(*call.view)
+                size, stride, offset = call.view
+                gradient = gradient.contiguous()
+                gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
             made = self._extension.collect(call.planned.module, call.input, gradient)
             for target, use in zip(call.planned.targets, made, strict=True):
                 if target is not None and id(target[0]) in uses:

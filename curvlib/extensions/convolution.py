@@ -49,14 +49,12 @@ class ConvolutionRule(LayerRule):
         """Return the sums by shifted rows where patches overlap enough, else from the patches."""
         module, window = use.module, _window(use.module)
         _check_dimensions(module, use.input)
-        sizes = tuple(_padded(module, use.input[:1].detach()).shape[2:])
-        if groups != 1 or not slides(window, sizes):
+        if groups != 1 or not slides(window):
             return super().input_moments(use, groups)
-        a_row = use.input[0, :, 0].numel() * sizes[0] * prod(window.kernel[1:])
-        parts = (use.chunk(*ends) for ends in chunks_of(use.examples, a_row))
-        return reduce(
-            add, (sliding_moments(at_least_float32(_padded(module, part.input.detach())), window) for part in parts)
-        )
+        zeros = _zero_rows(module)
+        a_row = use.input[0, :, 0].numel() * (use.input.shape[2] + sum(zeros)) * prod(window.kernel[1:])
+        inputs = (use.chunk(*ends).input.detach() for ends in chunks_of(use.examples, a_row))
+        return reduce(add, (sliding_moments(at_least_float32(_padded(module, x)), window, zeros) for x in inputs))
 
 
 class TransposedConvolutionRule(LayerRule):
@@ -113,6 +111,14 @@ def _padded(module: Any, x: Float[Tensor, "N C_in *S"]) -> Float[Tensor, "N C_in
         return x
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return functional.pad(x, both_ends, mode=mode)
+
+
+def _zero_rows(module: Any) -> tuple[int, int]:
+    """Return how many rows at both ends of the first spatial axis are padding with zeros."""
+    if module.padding == "valid" or module.padding_mode != "zeros":
+        return 0, 0
+    low, high = module._reversed_padding_repeated_twice[-2:]
+    return low, high
 
 
 def _window(module: Any) -> Window:

@@ -8,7 +8,7 @@ columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce, singledispatch
 from operator import add
@@ -100,23 +100,34 @@ class DenseFactors(MapFactors):
 
     def per_example_gradients(self) -> Float[Tensor, "N size"]:
         """Return sum_t g_t a_t^T of every example."""
-        return torch.einsum("ntgo,ntgi->ngoi", self.g, self.a).flatten(1)
+        return self._joined(
+            lambda g, a: torch.einsum("ntgo,ntgi->ngoi", g, a), lambda g: g.sum(1).unsqueeze(3)
+        ).flatten(1)
 
     def squared_gradients(self) -> Float[Tensor, " size"]:
         """Return the sum of squares.
 
         With one position (g_o a_i)^2 = g_o^2 a_i^2: one matrix product, no per-example gradient is made.
         """
-        total: Tensor | int = 0
-        for part in self.chunks(self.size):
-            g, a = part.g, part.a
-            if g.shape[1] == 1:
-                squares = torch.einsum("ngo,ngi->goi", g.squeeze(1).square(), a.squeeze(1).square()).flatten()
-            else:
-                squares = torch.einsum("ntgo,ntgi->ngoi", g, a).square().sum(0).flatten()
-            total = total + squares
-        assert isinstance(total, Tensor)  # there is at least one example
-        return total
+        return reduce(add, (part._squares() for part in self.chunks(self.size)))
+
+    def _squares(self) -> Float[Tensor, " size"]:
+        if self.g.shape[1] != 1:
+            return self.per_example_gradients().square().sum(0)
+        return self._joined(
+            lambda g, a: torch.einsum("ntgo,ntgi->goi", g.square(), a.square()),
+            lambda g: g.square().sum((0, 1)).unsqueeze(2),
+        ).flatten()
+
+    def _joined(
+        self, of_weight: Callable[[Tensor, Tensor], Tensor], of_bias: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, " *N groups d_out columns"]:
+        """Return the columns of the weight and the one of the bias, whose input of ones is never made."""
+        g = self.g
+        parts = [of_weight(g, self.inputs)] if self.map.weight else []
+        if self.map.bias:
+            parts.append(of_bias(g))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 from math import prod
+from operator import add
 
 import torch
 from jaxtyping import Float
@@ -48,13 +51,12 @@ class Window:
         return ordered.flatten(1 + n).flatten(1, n) if n else ordered.unsqueeze(1)
 
 
-def slides(window: Window, sizes: tuple[int, ...]) -> bool:
-    """Return whether :func:`sliding_moments` is the cheaper way: patches that overlap along the first axis."""
-    k, s, d = window.kernel[0], window.stride[0], window.dilation[0]
-    return s == 1 and k > 1 and window.locations(sizes)[0] >= d * (k - 1)
+def slides(window: Window) -> bool:
+    """Return whether :func:`sliding_moments` applies: patches that overlap along the first axis."""
+    return window.stride[0] == 1 and window.kernel[0] > 1
 
 
-def sliding_moments(x: Float[Tensor, "N C *P"], window: Window) -> InputMoments:
+def sliding_moments(x: Float[Tensor, "N C *P"], window: Window, zeros: tuple[int, int]) -> InputMoments:
     r"""Return sum_{n,t} a a^T and sum a for stride 1 along the first axis, from products of rows with shifted rows.
 
     With u_r the patches along all axes but the first, in row r of the input, the block of the kernel rows p and p' is
@@ -62,23 +64,28 @@ def sliding_moments(x: Float[Tensor, "N C *P"], window: Window) -> InputMoments:
     .. math:: \sum_{r = d p}^{d p + O - 1} u_r^T u_{r + d (p' - p)} ,
 
     which depends on p by the first and last few rows alone: for each difference p' - p there is one large product over
-    the rows that all p share, and a small one for every other row. For k rows that is k products of the size of
+    the rows that all p share, and a small one for every other row. For k rows that is k products in place of
     k (k + 1) / 2.
+
+    Args:
+        x: the padded input.
+        window: what moves over it.
+        zeros: how many rows at both ends are padding with zeros, which no product needs.
     """
-    rows = _by_row(x, window)  # (P, M, C*k of the other axes)
+    rows = _by_row(x, window)  # (P, M, width), width = C*k of the other axes
     k, d = window.kernel[0], window.dilation[0]
-    locations = window.locations(tuple(x.shape[2:]))
-    width = rows.shape[2]
-    blocks = rows.new_empty(k, k, width, width)
+    C, width, locations = x.shape[1], rows.shape[2], window.locations(tuple(x.shape[2:]))
+    outer = rows.new_empty(1, k * width, k * width)
+    blocks = outer.view(C, k, width // C, C, k, width // C)
+    products = _ShiftedProducts(rows, d, locations[0], zeros)
     for difference in range(k):
-        for p, block in enumerate(_shifted_products(rows, difference * d, k - difference, d, locations[0])):
-            blocks[p, p + difference] = block
+        for p, block in enumerate(products.sums(difference, k - difference)):
+            entries = block.view(C, width // C, C, width // C)
+            blocks[:, p, :, :, p + difference, :] = entries
             if difference:
-                blocks[p + difference, p] = block.T
+                blocks[:, p + difference, :, :, p, :] = entries.permute(2, 3, 0, 1)
     sums = rows.sum(1)
     totals = torch.stack([sums[d * p : d * p + locations[0]].sum(0) for p in range(k)])
-    C = x.shape[1]
-    outer = blocks.view(k, k, C, -1, C, width // C).permute(2, 0, 3, 4, 1, 5).reshape(1, k * width, k * width)
     total = totals.view(k, C, -1).transpose(0, 1).reshape(1, -1)
     return InputMoments(outer, total, x.shape[0] * prod(locations))
 
@@ -91,19 +98,39 @@ def _by_row(x: Float[Tensor, "N C *P"], window: Window) -> Float[Tensor, "P M wi
     return patches.reshape(by_row.shape[0], -1, patches.shape[2])
 
 
-def _shifted_products(
-    rows: Float[Tensor, "P M width"], shift: int, count: int, d: int, height: int
-) -> Iterator[Float[Tensor, "width width"]]:
-    """Yield sum_r u_r^T u_{r + shift} over the rows from d p to d p + height, for p = 0 ... count - 1."""
+@dataclass(frozen=True, eq=False)
+class _ShiftedProducts:
+    """Sums of u_r^T u_{r + shift} over ranges of rows.
 
-    def product(start: int, stop: int) -> Tensor:
-        left = rows[start:stop].flatten(0, 1)
-        return gram(left) if shift == 0 else left.T @ rows[start + shift : stop + shift].flatten(0, 1)
+    Attributes:
+        rows: u, by row.
+        dilation: d.
+        height: O, the rows of one sum.
+        zeros: rows at both ends that are zero.
+    """
 
-    last = d * (count - 1)
-    shared = product(last, height) if last < height else torch.zeros_like(product(0, 1))
-    before = [product(d * j, d * (j + 1)) for j in range(count - 1)]
-    after = [product(height + d * j, height + d * (j + 1)) for j in range(count - 1)]
-    for p in range(count):
-        # sums alone, no differences: nothing cancels
-        yield sum([*before[p:], *after[:p]], start=shared)
+    rows: Float[Tensor, "P M width"]
+    dilation: int
+    height: int
+    zeros: tuple[int, int]
+
+    def sums(self, difference: int, count: int) -> Iterator[Float[Tensor, "width width"]]:
+        """Yield the sums over the rows from d p to d p + O, for the shift d * difference and p = 0 ... count - 1.
+
+        They are put together from ranges that do not overlap, without differences, so that nothing cancels.
+        """
+        d, height = self.dilation, self.height
+        ends = sorted({d * p for p in range(count)} | {d * p + height for p in range(count)})
+        parts = {(start, stop): self._product(start, stop, d * difference) for start, stop in pairwise(ends)}
+        for p in range(count):
+            inside = [part for (start, stop), part in parts.items() if d * p <= start and stop <= d * p + height]
+            found = [part for part in inside if part is not None]
+            yield reduce(add, found) if found else self.rows.new_zeros(self.rows.shape[2], self.rows.shape[2])
+
+    def _product(self, start: int, stop: int, shift: int) -> Float[Tensor, "width width"] | None:
+        """Return the sum over a range of rows, or None where one of the two rows is always zero."""
+        start, stop = max(start, self.zeros[0]), min(stop, self.rows.shape[0] - self.zeros[1] - shift)
+        if start >= stop:
+            return None
+        left = self.rows[start:stop].flatten(0, 1)
+        return gram(left) if shift == 0 else left.T @ self.rows[start + shift : stop + shift].flatten(0, 1)

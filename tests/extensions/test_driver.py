@@ -117,6 +117,10 @@ def test_in_place_operations_on_outputs_at_several_positions_are_right(positions
     x, y = torch.randn(3, *positions, 3).double(), torch.randn(3, *positions, 3).double()
     network, evaluation = evaluate(InPlaceOnViews().double(), x, y)
     assert_blocks_are_right(network, evaluation)
+    # vectors may themselves be parts of larger tensors
+    vectors = torch.randn(2, *y.shape).double()
+    rebuilt = rebuilt_gradient(evaluation, vectors[1])
+    torch.testing.assert_close(rebuilt, network.jacobian().T @ vectors[1].flatten(), **CLOSE)
 
 
 def test_a_layer_at_no_position_has_zero_curvature():

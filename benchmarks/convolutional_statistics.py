@@ -1,0 +1,85 @@
+"""K-FAC's statistics of convolutional networks, with one label drawn from the model for each example."""
+
+from __future__ import annotations
+
+import curvlinops
+from backpack import backpack, extend, extensions
+from torch import Tensor, nn
+
+from benchmarks.convolutional_networks import CONVOLUTIONAL_CHAIN, RESNET, RESNET_LARGE_STEM
+from benchmarks.subjects import Benchmark, Call, Subject, Target
+from benchmarks.workload import Workload
+from curvlib import Fisher
+from curvlib.approximations import KFAC
+
+_STATISTICS = "curvlib: statistics alone"
+
+
+def _statistics(workload: Workload) -> Call:
+    evaluation, approximation = workload.objective.at(workload.batch, linearize=False), KFAC(Fisher())
+    return lambda: approximation.statistics(evaluation)
+
+
+def _with_forward(workload: Workload) -> Call:
+    objective, approximation = workload.objective, KFAC(Fisher())
+    return lambda: approximation.statistics(objective.at(workload.batch, linearize=False))
+
+
+def _curvlinops(workload: Workload) -> Call:
+    """Of convolutions and linear layers alone: batch norms have no factors there."""
+    affine = [module for module in workload.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    operator = curvlinops.KFACLinearOperator(
+        workload.model,
+        workload.loss,
+        [parameter for module in affine for parameter in module.parameters()],
+        [workload.batch],
+        fisher_type="mc",
+        mc_samples=1,
+        separate_weight_and_bias=False,
+        check_deterministic=False,
+    )
+    return operator.compute_kronecker_factors
+
+
+def _backpack(workload: Workload) -> Call:
+    model, loss = extend(workload.model), extend(workload.loss)
+
+    def both() -> list[tuple[Tensor, list[Tensor]]]:
+        model.zero_grad(set_to_none=True)
+        value = loss(model(workload.inputs), workload.targets)
+        with backpack(extensions.KFAC(mc_samples=1)):
+            value.backward()
+        return [(parameter.grad, parameter.kfac) for parameter in model.parameters()]
+
+    return both
+
+
+_OURS = (
+    Subject(name=_STATISTICS, prepare=_statistics, most_repeats=5),
+    Subject(name="curvlib: forward pass and statistics", prepare=_with_forward, most_repeats=5),
+)
+_CURVLINOPS = Subject(name="curvlinops: forward pass and statistics", prepare=_curvlinops, most_repeats=5)
+_BACKPACK = Subject(name="BackPACK: gradient and statistics", prepare=_backpack, most_repeats=5)
+
+CONVOLUTIONAL_STATISTICS = (
+    Benchmark(
+        name="kfac-resnet",
+        title="K-FAC statistics, ResNet-18",
+        problem=RESNET,
+        subjects=(*_OURS, _CURVLINOPS),
+        targets=(Target(subject=_STATISTICS, at_most=2.0),),
+    ),
+    Benchmark(
+        name="kfac-resnet-large-stem",
+        title="K-FAC statistics, ResNet-18 with the stem for large images",
+        problem=RESNET_LARGE_STEM,
+        subjects=(*_OURS, _CURVLINOPS),
+    ),
+    Benchmark(
+        name="kfac-convnet",
+        title="K-FAC statistics, convolutional chain",
+        problem=CONVOLUTIONAL_CHAIN,
+        subjects=(*_OURS, _CURVLINOPS, _BACKPACK),
+        targets=(Target(subject=_STATISTICS, at_most=2.0),),
+    ),
+)
