@@ -306,3 +306,25 @@ def test_gradient_hooks_on_parameters_are_refused():
     objective.model[0].weight.register_hook(lambda g: 2 * g)
     with pytest.raises(ValueError, match="gradient hook"):
         objective.at(batch)
+
+
+def test_padded_transformer_encoders_are_one_function_with_and_without_gradients():
+    """In evaluation mode PyTorch's fast path gives zeros at padded positions, where no gradient is asked for."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x, padding):
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, x = Encoder().eval(), torch.randn(2, 3, 4)
+    batch = (x, torch.tensor([[False] * 3, [False, True, True]])), torch.randn(2, 3, 4)
+    objective = Objective(model, nn.MSELoss())
+    evaluation = objective.at(batch)
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.testing.assert_close(evaluation.value_at(objective.parameter_vector()), evaluation.value)
+    torch.testing.assert_close(objective.value(batch), evaluation.value)
+    assert torch.backends.mha.get_fastpath_enabled()
