@@ -70,6 +70,11 @@ class MultiheadAttentionRule(LayerRule):
                 "MultiheadAttention with dropout in training mode draws random numbers that its layer rule cannot "
                 "repeat: use dropout=0 inside the attention, or model.eval()."
             )
+        if g.ndim != 3:
+            raise ValueError(
+                f"MultiheadAttention gave an output of shape {tuple(g.shape)}; layer statistics need batches, "
+                "(N, L, E) or with batch_first=False (L, N, E)."
+            )
         streams = [stream.detach() for stream in streams]
         g = (g if module.batch_first else g.transpose(0, 1)).detach()
         with torch.no_grad():
