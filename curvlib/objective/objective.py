@@ -61,7 +61,7 @@ class Objective:
             for dtype, shape in zip(self.layout.dtypes, self.layout.shapes, strict=True)
         ]
         self._owners = _owners(model, self.layout.names)
-        self._done: set[tuple[Any, ...]] = set()
+        self._passed: set[tuple[Any, ...]] = set()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -152,16 +152,13 @@ class Objective:
             value = value + 0.5 * self.l2 * torch.stack(squares).sum()
         return value
 
-    def is_first(self, check: str) -> bool:
-        """Return whether a check is due that is made once for the model in the training mode that it is in."""
-        key = self._key(check)
-        first = key not in self._done
-        self._done.add(key)
-        return first
+    def is_due(self, check: str) -> bool:
+        """Return whether a check has yet to be passed that is made once for the model in its present training mode."""
+        return self._key(check) not in self._passed
 
-    def forget(self, check: str) -> None:
-        """Make a check due again, since it has failed."""
-        self._done.discard(self._key(check))
+    def passed(self, check: str) -> None:
+        """Note that a check has been passed. One that ends in any error stays due."""
+        self._passed.add(self._key(check))
 
     def mode(self) -> tuple[bool, ...]:
         """Return the training mode of every module."""
