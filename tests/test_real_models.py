@@ -151,6 +151,16 @@ def test_describe_names_every_parameter(case):
 
 
 @for_every_model
+def test_estimates_over_batches_equal_one_large_batch(case):
+    network, evaluation = case.evaluate(examples=4)
+    x, y = network.inputs, network.targets
+    for approximation in (KFAC(GGN(), on_unsupported="diagonal"), Diagonal(GGN(), on_unsupported="dense")):
+        over = approximation.estimate_over(evaluation.objective, [(x[:3], y[:3]), (x[3:], y[3:])], progress=False)
+        v = torch.randn(over.size, dtype=torch.float64)
+        torch.testing.assert_close(over @ v, approximation.estimate(evaluation) @ v, **CLOSE)
+
+
+@for_every_model
 def test_a_few_steps_of_kfac_lower_the_loss(case):
     network = case.network(examples=16)
     objective = Objective(network.model, network.loss)
