@@ -47,11 +47,31 @@ class Network:
     def _shift(self):
         return self.l2 * torch.eye(len(self.theta), dtype=self.theta.dtype)
 
-    def ggn(self):
+    def loss_hessian(self):
+        """H of shape (number of outputs, number of outputs)."""
         outputs = self.outputs(self.theta).detach()
+        return hessian(self.loss_of_outputs, outputs).reshape(outputs.numel(), outputs.numel())
+
+    def ggn(self):
         J = self.jacobian()
-        H = hessian(self.loss_of_outputs, outputs).reshape(outputs.numel(), outputs.numel())
-        return J.T @ H @ J + self._shift()
+        return J.T @ self.loss_hessian() @ J + self._shift()
+
+    def calls(self, module):
+        """For every call of a module its input, and the Jacobian (number of outputs, *) by the call's output."""
+        inputs, outputs = [], []
+
+        def note(_, args, output):
+            inputs.append(args[0].detach().clone())
+            outputs.append(output)
+            return output.clone()  # what modifies the output in place finds the clone
+
+        handle = module.register_forward_hook(note)
+        try:
+            z = self.outputs(self.theta.clone().requires_grad_()).flatten()
+        finally:
+            handle.remove()
+        rows = [torch.autograd.grad(z[i], outputs, retain_graph=True) for i in range(len(z))]
+        return [(a, torch.stack(J)) for a, J in zip(inputs, zip(*rows, strict=True), strict=True)]
 
     def hessian(self):
         return hessian(self.value, self.theta)

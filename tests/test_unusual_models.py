@@ -352,3 +352,25 @@ def test_examples_that_meet_are_found_after_a_batch_that_was_not_finite():
         KFAC(GGN()).estimate(objective.at((torch.full((6, 3), float("inf")), torch.zeros(6, 2))))
     with pytest.raises(UnsupportedLayerError, match="meet in the model"):
         KFAC(GGN()).estimate(objective.at((torch.randn(6, 3), torch.zeros(6, 2))))
+
+
+def test_padded_transformer_encoders_are_one_function_with_and_without_gradients():
+    """In evaluation mode PyTorch's fast path gives zeros at padded positions, where no gradient is asked for."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x, padding):
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, x = Encoder().eval(), torch.randn(2, 3, 4)
+    batch = (x, torch.tensor([[False] * 3, [False, True, True]])), torch.randn(2, 3, 4)
+    objective = Objective(model, nn.MSELoss())
+    evaluation = objective.at(batch)
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.testing.assert_close(evaluation.value_at(objective.parameter_vector()), evaluation.value)
+    torch.testing.assert_close(objective.value(batch), evaluation.value)
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -107,9 +107,10 @@ def _fits_layer(layer: Layer, selector: Selector) -> bool:
 
 
 def _fits_parameter(name: str, model: nn.Module, selector: Selector) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
+    place = name.rpartition(".")[0]
+    owner = model.get_submodule(place)
     if isinstance(selector, str):
-        return fnmatchcase(name, selector)
+        return fnmatchcase(name, selector) or fnmatchcase(place, selector)
     if isinstance(selector, nn.Module):
         return any(module is owner for module in selector.modules())
     return isinstance(owner, selector)

@@ -62,6 +62,12 @@ class MultiheadAttentionRule(LayerRule):
         """Return the attention's output, not its weights."""
         return output[0]
 
+    def examples(self, module: Any, output: Tensor) -> int:
+        """Return N, which may stand behind the positions; 0 for a single example without its dimension."""
+        if output.ndim != 3:
+            return 0
+        return output.shape[0 if module.batch_first else 1]
+
     def uses(self, module: Any, x: Any, g: Tensor) -> tuple[Use, ...]:
         """Return the uses of the four projections."""
         *streams, padding_mask, mask, random = x
@@ -69,6 +75,11 @@ class MultiheadAttentionRule(LayerRule):
             raise UnsupportedLayerError(
                 "MultiheadAttention with dropout in training mode draws random numbers that its layer rule cannot "
                 "repeat: use dropout=0 inside the attention, or model.eval()."
+            )
+        if g.ndim != 3:
+            raise ValueError(
+                f"MultiheadAttention gave an output of shape {tuple(g.shape)}; layer statistics need batches, "
+                "(N, L, E) or with batch_first=False (L, N, E)."
             )
         streams = [stream.detach() for stream in streams]
         g = (g if module.batch_first else g.transpose(0, 1)).detach()

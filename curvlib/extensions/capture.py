@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvlib.extensions.factors import LayerFactors, map_factors
 from curvlib.extensions.layers import LayerPlan, PlannedModule, UnsupportedLayerError
@@ -35,6 +35,7 @@ class Call:
         versions: the versions of the tensors in it then; a later one means that one was modified in place.
         input_edges: where the call's tensors came from, without those that do not depend on a parameter.
         edge: the output of the call in the autograd graph, or the tensor that it is a view of.
+        examples: how many the output has.
         view: size, stride and offset of the output in that tensor; None where the edge is the output's own.
     """
 
@@ -44,6 +45,7 @@ class Call:
     input_edges: tuple[GradientEdge, ...]
     edge: GradientEdge
     view: tuple[torch.Size, tuple[int, ...], int] | None
+    examples: int
 
 
 class Tape:
@@ -51,12 +53,15 @@ class Tape:
 
     Attributes:
         plan: the layers whose calls are complete; after :meth:`close`, layers with parameters that were also used
-            outside of their modules' calls have moved to ``plan.unsupported``.
+            outside of their modules' calls, or called with another number of examples than the outputs have, have
+            moved to ``plan.unsupported``.
+        without_examples: the parameters of the latter, with the reason.
     """
 
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan
         self._calls: list[Call] = []
+        self.without_examples: dict[str, str] = {}
         self._extension = PositionFactors()
 
     @contextmanager
@@ -78,17 +83,19 @@ class Tape:
         An example is a decoder that computes ``F.linear(h, self.encoder.weight.t())``: the calls of ``encoder`` alone
         would give the wrong curvature.
         """
-        used = _parameters_outside_calls(outputs, self._calls)
+        used, met = _parameters_outside_calls(outputs, self._calls)
         names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
         escaped = {
             names[key]: "used outside of its module's own call"
             for key in used
             if key in names and names[key] not in self.plan.unsupported
         }
+        met_calls = [call for call in self._calls if call.edge.node in met]
+        self.without_examples = _called_without_examples(met_calls, outputs.shape[0])
+        escaped = {**self.without_examples, **escaped}
         plan = self.plan.without(escaped) if escaped else self.plan
         kept = {id(layer) for layer in plan.layers}
-        if escaped:
-            self._calls = [call for call in self._calls if not kept.isdisjoint(_layers_of(call.planned))]
+        self._calls = [call for call in self._calls if not kept.isdisjoint(_layers_of(call.planned))]
         counts = Counter(key for call in self._calls for key in _layers_of(call.planned))
         self.plan = replace(plan, calls={layer.name: counts[id(layer)] for layer in plan.layers})
 
@@ -140,14 +147,30 @@ class Tape:
                 return
             x = planned.rule.call_input(module, args, kwargs)
             versions = tuple(tensor._version for tensor in tensors_in(x))
-            edges = tuple(
-                get_gradient_edge(tensor)
-                for tensor in tensors_in((args, tuple(kwargs.values())))
-                if tensor.requires_grad
-            )
-            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result)))
+            given = tensors_in((args, tuple(kwargs.values())))
+            edges = tuple(get_gradient_edge(tensor) for tensor in given if tensor.requires_grad)
+            examples = planned.rule.examples(module, result)
+            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result), examples))
 
         return note
+
+
+def _called_without_examples(calls: list[Call], examples: int) -> dict[str, str]:
+    """Return the parameters of layers that were called with another number of examples than the outputs have.
+
+    One is a table of positions that is looked up once and added to every example: what reaches it is a sum.
+    """
+    return {
+        name: (
+            f"module {call.planned.name!r} was called with {call.examples} examples along the first dimension while the "
+            f"model's outputs have {examples} examples along theirs (statistics need both: keep (N, ...))"
+        )
+        for call in calls
+        if call.examples != examples
+        for target in call.planned.targets
+        if target is not None
+        for name in target[0].parameters
+    }
 
 
 def _output_edge(output: Tensor) -> tuple[GradientEdge, tuple[torch.Size, tuple[int, ...], int] | None]:
@@ -184,10 +207,15 @@ def _check_examples(name: str, use: Use, examples: int) -> None:
         )
 
 
-def _parameters_outside_calls(outputs: Tensor, calls: list[Call]) -> set[int]:
-    """Return the ids of the leaves that the outputs reach when each recorded call is stepped over to its input."""
+def _parameters_outside_calls(outputs: Tensor, calls: list[Call]) -> tuple[set[int], set[Node]]:
+    """Return the ids of the leaves that the outputs reach when each recorded call is stepped over to its input.
+
+    And the nodes that were met on the way.
+    """
     shortcut = {call.edge.node: call.input_edges for call in calls}
-    stack, seen, leaves = [outputs.grad_fn], set(), set()
+    stack: list[Node | None] = [outputs.grad_fn]
+    seen: set[Node] = set()
+    leaves: set[int] = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -205,4 +233,4 @@ def _parameters_outside_calls(outputs: Tensor, calls: list[Call]) -> set[int]:
         if leaf is not None:
             leaves.add(id(leaf))
         stack.extend(successor for successor, _ in node.next_functions)
-    return leaves
+    return leaves, seen

@@ -39,6 +39,7 @@ class ConvolutionRule(LayerRule):
 
     def output_gradients(self, module: Any, g: Float[Tensor, "N C_out *S"]) -> Float[Tensor, "N T C_out"]:
         """Return the gradients with the channels last."""
+        _check_dimensions(module, g)
         return g.flatten(2).transpose(1, 2)
 
     def input_numbers(self, module: Any, x: Float[Tensor, "N C_in *S"], g: Float[Tensor, "N C_out *S"]) -> int:
@@ -86,6 +87,7 @@ class TransposedConvolutionRule(LayerRule):
 
     def output_gradients(self, module: Any, g: Float[Tensor, "N C_out *S"]) -> Float[Tensor, "N T C_out"]:
         """Return the gradients with the channels last."""
+        _check_dimensions(module, g)
         return g.flatten(2).transpose(1, 2)
 
     def input_numbers(self, module: Any, x: Any, g: Float[Tensor, "N C_out *S"]) -> int:
@@ -96,8 +98,8 @@ class TransposedConvolutionRule(LayerRule):
 def _check_dimensions(module: Any, x: Tensor) -> None:
     if x.ndim != len(module.kernel_size) + 2:
         raise ValueError(
-            f"{type(module).__name__} was called with an input of shape {tuple(x.shape)}; layer statistics need the "
-            "examples first: (N, channels, ...)."
+            f"{type(module).__name__} was called with an input or gave an output of shape {tuple(x.shape)}; layer "
+            "statistics need the examples first: (N, channels, ...)."
         )
 
 

@@ -68,6 +68,15 @@ class BatchNormRule(_ChannelsSecond):
 class InstanceNormRule(_ChannelsSecond):
     """``nn.InstanceNorm1d/2d/3d`` with ``affine=True``."""
 
+    def by_position(self, module: Any, x: Float[Tensor, "N C *S"]) -> Float[Tensor, "N T C"]:
+        """Return a tensor with its channels last; one without a dimension of examples is refused."""
+        if x.ndim == module._get_no_batch_dim():
+            raise ValueError(
+                f"{type(module).__name__} gave an output of shape {tuple(x.shape)}; layer statistics need the examples "
+                "first: (N, channels, ...)."
+            )
+        return super().by_position(module, x)
+
     def normalised(self, module: Any, x: Float[Tensor, "N C *S"]) -> Float[Tensor, "N C *S"]:
         """Return the input normalised by each example's own statistics, or by running ones in evaluation mode."""
         if module.training or module.running_mean is None:

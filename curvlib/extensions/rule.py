@@ -95,6 +95,10 @@ class LayerRule(FirstOrderModuleExtension):
         """Return the tensor of the call's result whose gradient :meth:`uses` takes."""
         return output
 
+    def examples(self, module: nn.Module, output: Tensor) -> int:
+        """Return how many examples :meth:`call_output` has."""
+        return output.shape[0] if output.ndim > 0 else 0
+
     def uses(self, module: nn.Module, x: Any, g: Tensor) -> tuple[Use, ...]:
         """Return the use of each of :meth:`parts` in one call.
 

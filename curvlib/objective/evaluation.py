@@ -250,23 +250,22 @@ class Evaluation:
         Raises:
             UnsupportedLayerError: a layer's output gradients are not zero for the other examples; its name.
         """
-        if self.examples == 1 or not self.objective.is_first("independence of examples"):
+        if self.examples == 1 or not self.objective.is_due("independence of examples"):
             return
         if not bool(self._outputs.isfinite().all()):
-            self.objective.forget("independence of examples")  # NaN shows nothing
-            return
+            return  # NaN shows nothing; the check stays due
         work = self.work
         for example in (0, self.examples - 1):
             vector = torch.zeros_like(self._outputs)
             vector[example] = _fixed_vector(vector[0].numel(), vector).view_as(vector[0])
             for factors in self.layer_factors(vector):
                 if factors.touches_others(example):
-                    self.objective.forget("independence of examples")
                     raise UnsupportedLayerError(
                         f"the examples of a batch meet in the model: outputs of one depend on other rows of layer "
                         f"{factors.layer.name!r}. Layer statistics need independent examples, first in every tensor: "
                         "use model.eval() for batch normalisation, keep (N, ...) everywhere, or use Exact."
                     )
+        self.objective.passed("independence of examples")
         self.work = work
 
     @cached_property
@@ -276,14 +275,13 @@ class Evaluation:
         A custom backward pass that is not differentiable can be dropped by autograd without an error.
         """
         u, transposed = self._transposed
-        if self.objective.is_first("linearization"):
+        if self.objective.is_due("linearization"):
             work, v = self.work, _fixed_vector(self.layout.size, transposed)
             jv = self._differentiate(transposed, [u], v)[0].to(self._outputs.dtype)
             square = jv.square().sum()
             difference = (v @ self._vjp(jv) - square).abs()
             # Half the digits of the coarsest type: rounding stays far below, a lost layer far above.
             if bool(difference > self._coarsest_eps() ** 0.5 * square):
-                self.objective.forget("linearization")
                 raise LinearizationError(
                     f"<J v, J v> and <v, J^T J v> differ by {float(difference / square):.1e} of their size: some "
                     "operation's backward pass cannot be differentiated (once_differentiable, or computed outside "
@@ -291,6 +289,7 @@ class Evaluation:
                     "Give it a differentiable one, or use autocast for low precision; layerwise approximations need "
                     "neither."
                 )
+            self.objective.passed("linearization")
             self.work = work
         return u, transposed
 
@@ -336,7 +335,6 @@ class Evaluation:
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
-            self.objective.forget("linearization")
             if "scaled_dot_product" in str(error) and not self._forward.differentiable_attention:
                 raise FusedAttentionError(str(error)) from error
             raise LinearizationError(

@@ -45,14 +45,14 @@ class ForwardPass:
             # autocast keeps low-precision copies of the parameters for a whole block, also of old ones
             torch.clear_autocast_cache()
         args, kwargs = _arguments(self._inputs)
-        with self._attention():
+        with self._attention(), _one_function():
             return self._model(*args, **kwargs)
 
     def at(self, parameters: dict[str, Tensor]) -> Any:
         """Call the model at other parameters, with the same random numbers; the model itself stays as it is."""
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         args, kwargs = _arguments(self._inputs)
-        with self._same_random_numbers(), self.same_precision(), self._attention():
+        with self._same_random_numbers(), self.same_precision(), self._attention(), _one_function():
             return torch.func.functional_call(self._model, {**parameters, **buffers}, args, kwargs)
 
     @contextmanager
@@ -71,6 +71,20 @@ class ForwardPass:
             if self._random_cuda is not None:
                 torch.cuda.set_rng_state(self._random_cuda, self._device)
             yield
+
+
+@contextmanager
+def _one_function() -> Iterator[None]:
+    """Switch off what PyTorch computes only where no gradient is asked for.
+
+    In evaluation mode ``nn.TransformerEncoder`` then gives zeros at padded positions, and with gradients it does not.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

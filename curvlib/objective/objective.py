@@ -70,7 +70,7 @@ class Objective:
         ]
         self._owners = _owners(model, self.layout.names)
         watch(trainable_parameters(model).values())
-        self._done: set[tuple[Any, ...]] = set()
+        self._passed: set[tuple[Any, ...]] = set()
         self.differentiable_attention = False
 
     @property
@@ -135,6 +135,9 @@ class Objective:
         self._check_outputs(outputs)
         self.loss.check(outputs, targets)
         tape.close(self.model, outputs)
+        # for good: in a batch of another size the numbers may agree by chance
+        if tape.without_examples:
+            self.plan = self.plan.without(tape.without_examples)
         return Evaluation(self, parameters, (inputs, targets), outputs, tape, forward, linearize)
 
     def value(self, batch: Batch) -> Float[Tensor, ""]:
@@ -164,16 +167,13 @@ class Objective:
             value = value + 0.5 * self.l2 * torch.stack(squares).sum()
         return value
 
-    def is_first(self, check: str) -> bool:
-        """Return whether a check is due that is made once for the model in the training mode that it is in."""
-        key = self._key(check)
-        first = key not in self._done
-        self._done.add(key)
-        return first
+    def is_due(self, check: str) -> bool:
+        """Return whether a check has yet to be passed that is made once for the model in its present training mode."""
+        return self._key(check) not in self._passed
 
-    def forget(self, check: str) -> None:
-        """Make a check due again, since it has failed."""
-        self._done.discard(self._key(check))
+    def passed(self, check: str) -> None:
+        """Note that a check has been passed. One that ends in any error stays due."""
+        self._passed.add(self._key(check))
 
     def mode(self) -> tuple[bool, ...]:
         """Return the training mode of every module."""

@@ -8,8 +8,8 @@ from layer_cases import attentions, convolutions, embedding_bags, embeddings, no
 from oracles import Network
 from torch import nn
 
-from curvlib import GGN, Objective
-from curvlib.approximations import BlockDiagonal, Diagonal
+from curvlib import GGN, Objective, UnsupportedLayerError
+from curvlib.approximations import KFAC, BlockDiagonal, Diagonal
 from curvlib.extensions import LookupFactors
 
 # PyTorch's own word on its speed, not on its result
@@ -82,3 +82,37 @@ def test_input_moments_are_those_of_the_inputs(cases, data):
                 torch.testing.assert_close(moments.outer, torch.einsum("rgi,rgj->gij", rows, rows), **EXACT)
                 torch.testing.assert_close(moments.total, rows.sum(0), **EXACT)
                 assert moments.count == len(rows)
+
+
+class Attending(nn.Module):
+    """The attention of a sequence to itself."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("examples", [1, 2])  # the first dimension, which is none of examples
+@pytest.mark.parametrize("approximation", [KFAC(GGN()), Diagonal(GGN())], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (lambda C: nn.Conv1d(C, C, 2), (4,)),
+        (lambda C: nn.Conv2d(C, C, 2), (4, 3)),
+        (lambda C: nn.ConvTranspose1d(C, C, 2), (4,)),
+        (lambda C: nn.ConvTranspose2d(C, C, 2), (4, 3)),
+        (lambda C: nn.InstanceNorm1d(C, affine=True), (4,)),
+        (lambda C: nn.InstanceNorm2d(C, affine=True), (4, 3)),
+        (lambda C: Attending(nn.MultiheadAttention(4, 2)), (4,)),
+    ],
+    ids=["conv1d", "conv2d", "transposed 1d", "transposed 2d", "instance norm 1d", "instance norm 2d", "attention"],
+)
+def test_inputs_without_a_dimension_of_examples_are_refused(kind, shape, approximation, examples):
+    model, x = nn.Sequential(kind(examples)).double(), torch.randn(examples, *shape, dtype=torch.float64)
+    evaluation = Objective(model, nn.MSELoss()).at((x, torch.zeros_like(model(x)).detach()))
+    message = r"statistics need (the examples first|batches|both: keep \(N, \.\.\.\))"
+    with pytest.raises((ValueError, UnsupportedLayerError), match=message):
+        approximation.estimate(evaluation)
