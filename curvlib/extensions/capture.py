@@ -162,8 +162,8 @@ def _called_without_examples(calls: list[Call], examples: int) -> dict[str, str]
     """
     return {
         name: (
-            f"module {call.planned.name!r} was called with {call.examples} examples along the first dimension while the "
-            f"model's outputs have {examples} examples along theirs (statistics need both: keep (N, ...))"
+            f"module {call.planned.name!r} was called with {call.examples} examples along the first dimension while "
+            f"the model's outputs have {examples} examples along theirs (statistics need both: keep (N, ...))"
         )
         for call in calls
         if call.examples != examples
