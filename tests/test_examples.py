@@ -22,8 +22,8 @@ def table(text, columns):
 
 def test_every_example_is_short_and_tested():
     scripts = {path.stem: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}
-    assert scripts.keys() == {"one_step_by_hand", "swap_curvatures", "train_with_presets"}
-    assert all(len(lines) < 70 for lines in scripts.values())
+    assert scripts.keys() == {"one_step_by_hand", "swap_curvatures", "train_with_presets", "gpt_on_text"}
+    assert all(len(lines) < 75 for lines in scripts.values())
 
 
 def test_one_step_by_hand(capsys):
@@ -60,3 +60,12 @@ def test_train_with_presets(capsys):
     assert loss["kfac"] < loss["torch Adam"], "in the same number of passes over the data"
     assert loss["hessian_free"] < loss["torch Adam"]
     assert all(accuracy > 0.8 for _, accuracy, _ in rows.values())
+
+
+def test_gpt_on_text(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpt_on_text.py"])
+    text = output_of("gpt_on_text", capsys)
+    assert re.search(r"embedding\.weight .*A diagonal of .* \+ Kronecker: .*shared by embedding, head", text)
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text)]
+    assert len(losses) == 4
+    assert losses[-1] < 0.85 * losses[0]
