@@ -16,7 +16,7 @@ from curvlib.extensions import LookupFactors
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 # float64: sums of some hundred products of numbers around 1
-EXACT = {"rtol": 1e-11, "atol": 1e-12}
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 CASES = {
     "convolution": convolutions(),
     "transposed convolution": transposed_convolutions(),
