@@ -128,7 +128,9 @@ class ParameterLayout:
     def join(self, tensors: Sequence[Tensor | None]) -> Float[Tensor, " D"]:
         """Return :meth:`flatten` of tensors that are known to fit, such as gradients, without its checks."""
         pieces = [
-            torch.zeros(numel, dtype=self.dtype, device=self.device) if tensor is None else tensor.reshape(-1)
+            torch.zeros(numel, dtype=self.dtype, device=self.device)
+            if tensor is None
+            else (tensor.to_dense() if tensor.is_sparse else tensor).reshape(-1)
             for tensor, numel in zip(tensors, self.numels, strict=True)
         ]
         joined = torch.cat(pieces)

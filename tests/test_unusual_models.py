@@ -374,3 +374,13 @@ def test_padded_transformer_encoders_are_one_function_with_and_without_gradients
     torch.testing.assert_close(evaluation.value_at(objective.parameter_vector()), evaluation.value)
     torch.testing.assert_close(objective.value(batch), evaluation.value)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_examples_that_meet_behind_a_head_of_zeros_are_found_once_the_head_moves():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    nn.init.zeros_(model[3].weight)
+    objective, batch = Objective(model, nn.MSELoss()), (torch.randn(6, 3), torch.randn(6, 2))
+    Diagonal(GGN()).estimate(objective.at(batch))  # right: nothing passes the head
+    nn.init.normal_(model[3].weight)
+    with pytest.raises(UnsupportedLayerError, match="examples of a batch meet"):
+        Diagonal(GGN()).estimate(objective.at(batch))

@@ -181,7 +181,11 @@ def _accumulate_others(
 ) -> None:
     for gradients in rows:
         for name, gradient in zip(diagonal + dense, gradients, strict=True):
-            row = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten()
+            row = (
+                (gradient.to_dense() if gradient.is_sparse else gradient)
+                .to(torch.promote_types(gradient.dtype, torch.float32))
+                .flatten()
+            )
             diagonal_key, dense_key = _fallback_keys(name)
             if name in diagonal:
                 add_to(sums, diagonal_key, row.square())

@@ -23,7 +23,7 @@ class BlockDiagonal(LayerwiseApproximation):
     """Block of a layer = sum_n sum_k (J_n^T v_k)(J_n^T v_k)^T: exact for the given matrix.
 
     Memory is the square of each layer's number of parameters; per-example gradients are made in chunks of at most
-    64 MiB.
+    64 MiB in float32, or of one example.
 
     Args:
         matrix: ``GGN()``, ``Fisher()`` or ``EmpiricalFisher()``.

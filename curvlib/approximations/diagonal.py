@@ -23,7 +23,7 @@ class Diagonal(LayerwiseApproximation):
     """diag C = sum_n sum_k (J_n^T v_k)^2, entry by entry: exact for the given matrix.
 
     A layer used at one position needs one matrix product of squares for each vector; with several positions
-    per-example gradients are made in chunks of at most 64 MiB.
+    per-example gradients are made in chunks of at most 64 MiB in float32, or of one example.
 
     Args:
         matrix: ``GGN()``, ``Fisher()`` (an unbiased estimate of the GGN's diagonal) or ``EmpiricalFisher()``.

@@ -40,9 +40,12 @@ class KFAC(LayerwiseApproximation):
     and two second moments a layer; with ``GGN()`` one such pass for each output of an example.
 
     Convolutions have patches as inputs (Grosse & Martens 2016) and one block a group; their patches are made in chunks
-    of at most 64 MiB. Embeddings have a diagonal A. Scale and shift of a normalisation layer get their exact diagonal.
-    Modules that use one weight in two ways, such as an embedding and the output layer tied to it, get the sum of two
-    Kronecker products, without the terms between the two uses.
+    of examples that hold at most 64 MiB in float32, or of one example. Embeddings have a diagonal A. Scale and shift of
+    a normalisation layer get their exact diagonal. Modules that use one weight in two ways, such as an embedding and
+    the output layer tied to it, get the sum of two Kronecker products, without the terms between the two uses.
+
+    A is a mean over all examples and positions, also those whose targets the loss ignores: padding makes A, and with it
+    the block, smaller or larger than without it, while G and the exact matrix do not change.
 
     Source: Martens & Grosse 2015, eq. 1 and sec. 3. Departure: G carries the objective's scale (the paper's objective
     is always a mean), so that the block is the curvature of the user's own loss.

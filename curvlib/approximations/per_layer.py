@@ -49,7 +49,7 @@ class PerLayer(AssignedApproximation):
     otherwise: LayerwiseApproximation | None
 
     def __post_init__(self) -> None:
-        pairs = tuple(tuple(choice) for choice in self.choices)
+        pairs = tuple(tuple(choice) if isinstance(choice, (tuple, list)) else (choice,) for choice in self.choices)
         object.__setattr__(self, "choices", pairs)
         for pair in pairs:
             if len(pair) != 2 or not (isinstance(pair[0], (str, nn.Module)) or _is_module_class(pair[0])):

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvlib.extensions.layers import UnsupportedLayerError
 from curvlib.extensions.rule import LayerRule, Part, register
-from curvlib.extensions.uses import PositionUse, Use
+from curvlib.extensions.uses import PositionUse, Use, at_least_float32
 
 # The arguments of the module's forward, in order.
 _ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
@@ -51,12 +50,21 @@ class MultiheadAttentionRule(LayerRule):
         )
 
     def call_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return query, key and value with the examples first, the masks, and whether random numbers were drawn."""
+        """Return query, key and value with the examples first, and the masks."""
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         streams = tuple(given[name] for name in ("query", "key", "value"))
         if not module.batch_first:
             streams = tuple(stream.transpose(0, 1) for stream in streams)
-        return *streams, given.get("key_padding_mask"), given.get("attn_mask"), module.training and module.dropout > 0
+        return *streams, given.get("key_padding_mask"), given.get("attn_mask")
+
+    def call_refusal(self, module: Any) -> str:
+        """Refuse random numbers inside the attention."""
+        if module.training and module.dropout > 0:
+            return (
+                "MultiheadAttention with dropout in training mode draws random numbers that its layer rule cannot "
+                "repeat (use dropout=0 inside the attention, or model.eval())"
+            )
+        return ""
 
     def call_output(self, output: Any) -> Tensor:
         """Return the attention's output, not its weights."""
@@ -70,40 +78,33 @@ class MultiheadAttentionRule(LayerRule):
 
     def uses(self, module: Any, x: Any, g: Tensor) -> tuple[Use, ...]:
         """Return the uses of the four projections."""
-        *streams, padding_mask, mask, random = x
-        if random:
-            raise UnsupportedLayerError(
-                "MultiheadAttention with dropout in training mode draws random numbers that its layer rule cannot "
-                "repeat: use dropout=0 inside the attention, or model.eval()."
-            )
-        if g.ndim != 3:
-            raise ValueError(
-                f"MultiheadAttention gave an output of shape {tuple(g.shape)}; layer statistics need batches, "
-                "(N, L, E) or with batch_first=False (L, N, E)."
-            )
-        streams = [stream.detach() for stream in streams]
-        g = (g if module.batch_first else g.transpose(0, 1)).detach()
-        with torch.no_grad():
-            projected = [
-                functional.linear(stream, weight, bias)
-                for stream, (weight, bias) in zip(streams, _input_projections(module), strict=True)
-            ]
-        leaves = [tensor.detach().requires_grad_() for tensor in projected]
+        *streams, padding_mask, mask = x
+        # Not in the precision of autocast, whose weights and inputs have different types.
+        streams = [at_least_float32(stream.detach()) for stream in streams]
+        g = at_least_float32((g if module.batch_first else g.transpose(0, 1)).detach())
+        projections = _input_projections(module, g.dtype)
+        leaves = [
+            functional.linear(stream, weight, bias).requires_grad_()
+            for stream, (weight, bias) in zip(streams, projections, strict=True)
+        ]
         with torch.enable_grad():
             attended = _attend(module, leaves, padding_mask, mask)
-            gradients = torch.autograd.grad(attended, leaves, g @ module.out_proj.weight.detach())
+            gradients = torch.autograd.grad(attended, leaves, g @ module.out_proj.weight.detach().to(g.dtype))
         inner = (PositionUse(stream, gradient) for stream, gradient in zip(streams, gradients, strict=True))
         return *inner, PositionUse(attended.detach(), g)
 
 
-def _input_projections(module: Any) -> list[tuple[Tensor, Tensor | None]]:
+def _input_projections(module: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
     weights = (
         module.in_proj_weight.chunk(3)
         if module._qkv_same_embed_dim
         else (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     )
     biases = module.in_proj_bias.chunk(3) if module.in_proj_bias is not None else (None, None, None)
-    return list(zip(weights, biases, strict=True))
+    return [
+        (weight.detach().to(dtype), bias.detach().to(dtype) if bias is not None else None)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
 
 
 def _attend(
@@ -120,22 +121,27 @@ def _attend(
         module.num_heads,
         None,  # in_proj_weight
         None,  # in_proj_bias
-        module.bias_k,
-        module.bias_v,
+        _in_type(module.bias_k, unit.dtype),
+        _in_type(module.bias_v, unit.dtype),
         module.add_zero_attn,
         0.0,  # dropout
         unit,  # out_proj_weight
         None,  # out_proj_bias
         training=False,
-        key_padding_mask=padding_mask,
+        key_padding_mask=_in_type(padding_mask, unit.dtype),
         need_weights=False,
-        attn_mask=mask,
+        attn_mask=_in_type(mask, unit.dtype),
         use_separate_proj_weight=True,
         q_proj_weight=unit,
         k_proj_weight=unit,
         v_proj_weight=unit,
     )
     return attended.transpose(0, 1)
+
+
+def _in_type(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask or a parameter in this type, a mask of truth values as it is."""
+    return tensor.detach().to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
 
 register(nn.MultiheadAttention, MultiheadAttentionRule())

@@ -36,6 +36,7 @@ class Call:
         input_edges: where the call's tensors came from, without those that do not depend on a parameter.
         edge: the output of the call in the autograd graph, or the tensor that it is a view of.
         examples: how many the output has.
+        refusal: why the rule cannot treat the call, or "".
         view: size, stride and offset of the output in that tensor; None where the edge is the output's own.
     """
 
@@ -46,6 +47,7 @@ class Call:
     edge: GradientEdge
     view: tuple[torch.Size, tuple[int, ...], int] | None
     examples: int
+    refusal: str
 
 
 class Tape:
@@ -92,7 +94,7 @@ class Tape:
         }
         met_calls = [call for call in self._calls if call.edge.node in met]
         self.without_examples = _called_without_examples(met_calls, outputs.shape[0])
-        escaped = {**self.without_examples, **escaped}
+        escaped = {**_refused(met_calls), **self.without_examples, **escaped}
         plan = self.plan.without(escaped) if escaped else self.plan
         kept = {id(layer) for layer in plan.layers}
         self._calls = [call for call in self._calls if not kept.isdisjoint(_layers_of(call.planned))]
@@ -149,10 +151,16 @@ class Tape:
             versions = tuple(tensor._version for tensor in tensors_in(x))
             given = tensors_in((args, tuple(kwargs.values())))
             edges = tuple(get_gradient_edge(tensor) for tensor in given if tensor.requires_grad)
-            examples = planned.rule.examples(module, result)
-            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result), examples))
+            examples, refusal = planned.rule.examples(module, result), planned.rule.call_refusal(module)
+            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result), examples, refusal))
 
         return note
+
+
+def _refused(calls: list[Call]) -> dict[str, str]:
+    """Return the parameters of layers with a call that its rule cannot treat, with the reason."""
+    refused = [(call.refusal, target[0]) for call in calls if call.refusal for target in call.planned.targets if target]
+    return {name: reason for reason, layer in refused for name in layer.parameters}
 
 
 def _called_without_examples(calls: list[Call], examples: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import reduce
 from math import prod
 from operator import add
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,9 +24,12 @@ from curvlib.extensions.uses import AffineUse, InputMoments, at_least_float32, c
 class ConvolutionRule(LayerRule):
     """``nn.Conv1d/2d/3d`` with every stride, padding, padding mode, dilation and number of groups.
 
-    Patches are made for as many examples at a time as hold 64 MiB. The second moment of the patches of ungrouped
-    convolutions of stride 1 is made of products of the input's rows with shifted rows, without all patches.
+    Patches are made for as many examples at a time as hold 64 MiB in float32, and for one at least. The second moment
+    of the patches of ungrouped convolutions of stride 1 is made of products of the input's rows with shifted rows,
+    without all patches.
     """
+
+    computed_by: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
 
     def parts(self, module: Any) -> tuple[Part, ...]:
         """Return one map a group, of the group's own channels."""

@@ -47,7 +47,10 @@ class EmbeddingRule(LayerRule):
 
 
 class EmbeddingBagRule(EmbeddingRule):
-    """``nn.EmbeddingBag`` with mode "sum" or "mean", padding index, offsets and weights of each sample."""
+    """``nn.EmbeddingBag`` with mode "sum" or "mean", padding index, offsets and weights of each sample.
+
+    PyTorch cannot differentiate its backward pass, so that a model with one has statistics, but no exact products.
+    """
 
     def refusal(self, module: Any) -> str:
         """Refuse the mode "max", which takes another row for each feature."""
@@ -80,8 +83,6 @@ def _refused_options(module: Any) -> str:
         return f"{kind} with max_norm changes its own rows in the forward pass"
     if module.scale_grad_by_freq:
         return f"{kind} with scale_grad_by_freq has another gradient than its function"
-    if module.sparse:
-        return f"{kind} with sparse=True has a sparse gradient, which cannot be differentiated"
     return ""
 
 

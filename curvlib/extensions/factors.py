@@ -55,7 +55,11 @@ class MapFactors(ABC):
         """Return the factors of the examples from ``start`` to ``stop`` alone."""
 
     def chunks(self, numbers: int = 0) -> Iterator[Self]:
-        """Yield the factors of so many examples at a time that neither inputs nor ``numbers`` a example pass 64 MiB."""
+        """Yield the factors of at least one example, and of as many as hold 64 MiB in float32.
+
+        Args:
+            numbers: what one example needs besides its inputs.
+        """
         for ends in chunks_of(self.examples, max(numbers, sum(use.numbers for use in self.uses))):
             yield self.chunk(*ends)
 
@@ -222,7 +226,7 @@ class LayerFactors:
     maps: tuple[MapFactors, ...]
 
     def per_example_gradients(self) -> Iterator[Float[Tensor, "n size"]]:
-        """Yield J_n^T v in the layer's own order, for chunks of n examples that hold at most 64 MiB."""
+        """Yield J_n^T v in the layer's own order, for chunks of examples that hold at most 64 MiB (or one)."""
         inputs = max(sum(use.numbers for use in factors.uses) for factors in self.maps)
         for ends in chunks_of(self.maps[0].examples, max(self.layer.size, inputs)):
             yield reduce(add, (_in_layer_order(factors.chunk(*ends)) for factors in self.maps))
@@ -233,6 +237,10 @@ class LayerFactors:
             return self.maps[0].squared_gradients()
         parts = [rows.square().sum(0) for rows in self.per_example_gradients()]
         return torch.stack(parts).sum(0)
+
+    def touches(self, example: int) -> bool:
+        """Return whether an output gradient of the given example is not zero. Waits for the device."""
+        return any(bool(use.g[example].any()) for factors in self.maps for use in factors.uses)
 
     def touches_others(self, example: int) -> bool:
         """Return whether an output gradient of another example than the given one is not zero. Waits for the device."""

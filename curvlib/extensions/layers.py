@@ -134,7 +134,8 @@ class _Member:
 
     @property
     def name(self) -> str:
-        return ".".join(name for name in (self.module_name, self.part.name) if name)
+        # a colon, which no module's name has
+        return f"{self.module_name}:{self.part.name}" if self.part.name else self.module_name
 
     @property
     def key(self) -> tuple:

@@ -32,7 +32,9 @@ class ScaleAndShiftRule(LayerRule):
 
     def parts(self, module: Any) -> tuple[Part, ...]:
         """Return one map a feature."""
-        return (Part(bias="bias" if "bias" in module._parameters else None, groups=module.weight.numel()),)
+        bias = "bias" if "bias" in module._parameters else None
+        trained = module.weight if module.weight is not None else module.bias
+        return (Part(bias=bias, groups=trained.numel()),)
 
     def weight_matrix(self, module: nn.Module, weight: Int[Tensor, " *C"]) -> Int[Tensor, "C 1"]:
         """Return the scales below each other."""

@@ -53,10 +53,12 @@ class LayerRule(FirstOrderModuleExtension):
     Attributes:
         elementwise: whether W is a scale of each feature, so that a diagonal is K-FAC's block.
         sparse: whether the uses are lookups, so that K-FAC's A is diagonal.
+        computed_by: methods of the module that compute its output; the rule is not that of a subclass with others.
     """
 
     elementwise: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
+    computed_by: ClassVar[tuple[str, ...]] = ("forward",)
 
     def __init__(self, parameters: tuple[str, ...] = ("weight", "bias")) -> None:
         # BackPACK calls the method of each parameter's name; one use serves them all.
@@ -90,6 +92,10 @@ class LayerRule(FirstOrderModuleExtension):
         Every tensor in it has the examples first (see :meth:`uses` for modules that want it otherwise).
         """
         return args[0] if args else kwargs["input"]
+
+    def call_refusal(self, module: nn.Module) -> str:
+        """Return why a call in the module's present mode cannot be treated, or ""."""
+        return ""
 
     def call_output(self, output: Any) -> Tensor:
         """Return the tensor of the call's result whose gradient :meth:`uses` takes."""
@@ -126,9 +132,10 @@ class LayerRule(FirstOrderModuleExtension):
 
 
 class PositionFactors(FirstOrderBackpropExtension):
-    """The BackPACK extension that gathers every layer rule; saves an :class:`AffineUse` on each parameter.
+    """The BackPACK extension that gathers every layer rule; saves the uses of a call on the module's parameters.
 
-    Rules are found along the class's method resolution order, unlike BackPACK's own exact match.
+    In a plain ``with backpack`` block it works for modules with one input and one output tensor. Rules are found along
+    the class's method resolution order, unlike BackPACK's own exact match.
 
     Example:
         >>> import torch
@@ -218,8 +225,10 @@ def find_rule(module: nn.Module) -> tuple[LayerRule | None, str]:
     """
     for base in type(module).__mro__:
         if base in _RULES:
-            if "forward" in vars(module) or type(module).forward is not base.forward:
-                return None, f"{type(module).__name__} overrides {base.__name__}.forward"
-            reason = _RULES[base].refusal(module)
-            return (None, reason) if reason else (_RULES[base], "")
+            rule = _RULES[base]
+            for method in rule.computed_by:
+                if method in vars(module) or getattr(type(module), method) is not getattr(base, method):
+                    return None, f"{type(module).__name__} overrides {base.__name__}.{method}"
+            reason = rule.refusal(module)
+            return (None, reason) if reason else (rule, "")
     return None, f"no layer rule for {type(module).__name__}"

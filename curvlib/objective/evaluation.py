@@ -254,7 +254,7 @@ class Evaluation:
             return
         if not bool(self._outputs.isfinite().all()):
             return  # NaN shows nothing; the check stays due
-        work = self.work
+        work, reached = self.work, True
         for example in (0, self.examples - 1):
             vector = torch.zeros_like(self._outputs)
             vector[example] = _fixed_vector(vector[0].numel(), vector).view_as(vector[0])
@@ -265,7 +265,10 @@ class Evaluation:
                         f"{factors.layer.name!r}. Layer statistics need independent examples, first in every tensor: "
                         "use model.eval() for batch normalisation, keep (N, ...) everywhere, or use Exact."
                     )
-        self.objective.passed("independence of examples")
+                reached = reached and factors.touches(example)
+        # A layer that not even its own example reaches, behind a head that starts at zero, has shown nothing yet.
+        if reached:
+            self.objective.passed("independence of examples")
         self.work = work
 
     @cached_property

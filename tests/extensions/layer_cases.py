@@ -105,14 +105,19 @@ def norms(draw):
     elif name == "instance":
         kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
         module = kinds[dimensions - 1](channels, affine=True, track_running_stats=draw(st.booleans()))
+        if module.running_mean is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
     elif name == "group":
         module = nn.GroupNorm(draw(st.sampled_from((1, 2))), channels)
     else:
         last = x.shape[-draw(st.integers(1, dimensions)) :]
-        module = nn.LayerNorm(last, bias=draw(st.booleans())) if name == "layer" else nn.RMSNorm(last)
+        eps = draw(st.sampled_from((1e-5, 0.5)))
+        module = nn.LayerNorm(last, eps, bias=draw(st.booleans())) if name == "layer" else nn.RMSNorm(last, eps)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    return LayerCase(module.double().eval(), x)
+    training = name != "batch" and draw(st.booleans())
+    return LayerCase(module.double().train(training), x)
 
 
 @st.composite
@@ -175,9 +180,13 @@ def attentions(draw):
         vdim=vdim,
         batch_first=draw(st.booleans()),
         add_zero_attn=draw(st.booleans()),
+        add_bias_kv=draw(st.booleans()),
     ).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter)
+    for bias in (module.bias_k, module.bias_v):
+        if bias is not None:
+            bias.requires_grad_(False)  # they belong to no affine map
     query = torch.randn(2, L, E, dtype=torch.float64)
     self_attention = not separate and draw(st.booleans())
     key = query if self_attention else torch.randn(2, S, kdim or E, dtype=torch.float64)
@@ -185,10 +194,13 @@ def attentions(draw):
     options: dict[str, Any] = {"need_weights": draw(st.booleans())}
     if draw(st.booleans()):
         options["attn_mask"] = torch.rand(L, key.shape[1]).gt(0.7) & (torch.arange(key.shape[1]) > 0)
+        if "key_padding_mask" not in options and draw(st.booleans()):
+            options["attn_mask"] = torch.randn(L, key.shape[1], dtype=torch.float64)
     if draw(st.booleans()):
         options["key_padding_mask"] = torch.tensor([[False] * key.shape[1], [False] + [True] * (key.shape[1] - 1)])
-        if "attn_mask" in options:
-            options["attn_mask"][:, 0] = False
+        if "attn_mask" in options and options["attn_mask"].is_floating_point():
+            padding = torch.zeros(2, key.shape[1], dtype=torch.float64)
+            options["key_padding_mask"] = padding.masked_fill(options["key_padding_mask"], float("-inf"))
     return LayerCase(Attention(module, options), (query, key, value))
 
 
