@@ -120,9 +120,8 @@ class Approximation(ABC):
         """Return the operator of the loss on all batches together, at the current parameters.
 
         With reduction "mean" batches count by what the loss divides by, with "sum" they add up; so the result is that
-        of one large batch. Averages over examples, such as K-FAC's A, count batches by their number of examples, also
-        where the number of positions differs. Batches of a mean in which no target counts are left out altogether, A
-        included, while examples without such a target count in the A of a batch that has others.
+        of one large batch. Averages over examples, such as K-FAC's A, take the examples of which a target counts, and
+        count batches by the number of these, also where the number of positions differs.
 
         Args:
             objective: the objective.
@@ -187,12 +186,12 @@ class StatisticalApproximation(Approximation):
             batch_weight = objective.loss.batch_weight(evaluation.outputs, evaluation.targets)
             if float(batch_weight) == 0:
                 continue  # the same on devices where targets are not looked at beforehand
-            part = self.statistics(evaluation, generator).times(evaluation.examples, batch_weight)
+            part = self.statistics(evaluation, generator).times(evaluation.counted_examples, batch_weight)
             total = part if total is None else total + part
-            examples, weight = examples + evaluation.examples, weight + batch_weight
+            examples, weight = examples + evaluation.counted_examples, weight + batch_weight
         if total is None:
             raise ValueError("estimate_over needs a loader with at least one batch, got none.")
-        mean = total.times(1 / examples, 1.0 if objective.loss.additive else 1 / weight)
+        mean = total.times(1 / max(examples, 1), 1.0 if objective.loss.additive else 1 / weight)
         return self.operator(objective, self._finite(mean, None))
 
     def _finite(self, statistics: Statistics, value: float | None) -> Statistics:

@@ -44,8 +44,9 @@ class KFAC(LayerwiseApproximation):
     a normalisation layer get their exact diagonal. Modules that use one weight in two ways, such as an embedding and
     the output layer tied to it, get the sum of two Kronecker products, without the terms between the two uses.
 
-    A is a mean over all examples and positions, also those whose targets the loss ignores: padding makes A, and with it
-    the block, smaller or larger than without it, while G and the exact matrix do not change.
+    A is a mean over the examples of which a target counts, and over all of their positions, also those whose targets
+    are ignored: padded positions make A, and with it the block, smaller or larger than without them, while G and the
+    exact matrix do not change.
 
     Source: Martens & Grosse 2015, eq. 1 and sec. 3. Departure: G carries the objective's scale (the paper's objective
     is always a mean), so that the block is the curvature of the user's own loss.
@@ -71,9 +72,17 @@ class KFAC(LayerwiseApproximation):
         for part in factors.maps:
             input_key, output_key = _key(part.map, "A"), _key(part.map, "G")
             if input_key not in means:
-                means[input_key] = _input_factor(part, self.weight_sharing)
+                means[input_key] = self._mean_of_inputs(factors, part)
             moment = grouped_gram(self.weight_sharing.output_gradients(part.g))
             add_to(sums, output_key, moment.squeeze(0) if part.map.groups == 1 else moment)
+
+    def _mean_of_inputs(self, factors: LayerFactors, part: MapFactors) -> Tensor:
+        """Return A over the examples with a target that counts."""
+        if factors.counted is None:
+            return _input_factor(part, self.weight_sharing)
+        if not len(factors.counted):
+            return self.zeros(factors.layer, part.g).means[_key(part.map, "A")]
+        return _input_factor(part.take(factors.counted), self.weight_sharing)
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return zero factors."""

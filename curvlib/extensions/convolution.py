@@ -57,7 +57,7 @@ class ConvolutionRule(LayerRule):
             return super().input_moments(use, groups)
         zeros = _zero_rows(module)
         a_row = use.input[0, :, 0].numel() * (use.input.shape[2] + sum(zeros)) * prod(window.kernel[1:])
-        inputs = (use.chunk(*ends).input.detach() for ends in chunks_of(use.examples, a_row))
+        inputs = (use.take(chunk).input.detach() for chunk in chunks_of(use.examples, a_row))
         return reduce(add, (sliding_moments(at_least_float32(_padded(module, x)), window, zeros) for x in inputs))
 
 

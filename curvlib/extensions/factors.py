@@ -14,12 +14,12 @@ from functools import reduce, singledispatch
 from operator import add
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Self
 
 from curvlib.extensions.layers import AffineMap, Layer
-from curvlib.extensions.uses import DenseUse, InputMoments, LookupUse, Use, chunks_of
+from curvlib.extensions.uses import DenseUse, Examples, InputMoments, LookupUse, Use, chunks_of
 
 
 class MapFactors(ABC):
@@ -51,8 +51,8 @@ class MapFactors(ABC):
         return joined.unflatten(-1, (self.map.groups, self.map.d_out))
 
     @abstractmethod
-    def chunk(self, start: int, stop: int) -> Self:
-        """Return the factors of the examples from ``start`` to ``stop`` alone."""
+    def take(self, examples: Examples) -> Self:
+        """Return the factors of some examples alone; inputs are made for these."""
 
     def chunks(self, numbers: int = 0) -> Iterator[Self]:
         """Yield the factors of at least one example, and of as many as hold 64 MiB in float32.
@@ -60,8 +60,8 @@ class MapFactors(ABC):
         Args:
             numbers: what one example needs besides its inputs.
         """
-        for ends in chunks_of(self.examples, max(numbers, sum(use.numbers for use in self.uses))):
-            yield self.chunk(*ends)
+        for chunk in chunks_of(self.examples, max(numbers, sum(use.numbers for use in self.uses))):
+            yield self.take(chunk)
 
     @abstractmethod
     def per_example_gradients(self) -> Float[Tensor, "N size"]:
@@ -94,9 +94,9 @@ class DenseFactors(MapFactors):
         inputs = self.inputs
         return torch.cat([inputs, inputs.new_ones(*inputs.shape[:3], 1)], dim=3) if self.map.bias else inputs
 
-    def chunk(self, start: int, stop: int) -> Self:
-        """Return the factors of some examples; inputs are made for these alone."""
-        return replace(self, uses=tuple(use.chunk(start, stop) for use in self.uses))
+    def take(self, examples: Examples) -> Self:
+        """Return the factors of some examples."""
+        return replace(self, uses=tuple(use.take(examples) for use in self.uses))
 
     def moments(self) -> InputMoments:
         """Return the sums of a a^T and of a over examples and positions, without the homogeneous coordinate."""
@@ -141,9 +141,9 @@ class LookupFactors(MapFactors):
     map: AffineMap
     uses: tuple[LookupUse, ...]
 
-    def chunk(self, start: int, stop: int) -> Self:
+    def take(self, examples: Examples) -> Self:
         """Return the factors of some examples."""
-        return replace(self, uses=tuple(use.chunk(start, stop) for use in self.uses))
+        return replace(self, uses=tuple(use.take(examples) for use in self.uses))
 
     def per_example_gradients(self) -> Float[Tensor, "N size"]:
         """Return the gradients, dense: W is (d_out, d_in), a column for each index."""
@@ -220,16 +220,19 @@ class LayerFactors:
     Attributes:
         layer: the layer.
         maps: the factors of those of its maps that were used.
+        counted: the numbers of the examples with a target that counts, which alone belong into averages of inputs; None
+            for all of them.
     """
 
     layer: Layer
     maps: tuple[MapFactors, ...]
+    counted: Int[Tensor, " n"] | None = None
 
     def per_example_gradients(self) -> Iterator[Float[Tensor, "n size"]]:
         """Yield J_n^T v in the layer's own order, for chunks of examples that hold at most 64 MiB (or one)."""
         inputs = max(sum(use.numbers for use in factors.uses) for factors in self.maps)
-        for ends in chunks_of(self.maps[0].examples, max(self.layer.size, inputs)):
-            yield reduce(add, (_in_layer_order(factors.chunk(*ends)) for factors in self.maps))
+        for chunk in chunks_of(self.maps[0].examples, max(self.layer.size, inputs)):
+            yield reduce(add, (_in_layer_order(factors.take(chunk)) for factors in self.maps))
 
     def squared_gradients(self) -> Float[Tensor, " size"]:
         """Return sum_n (J_n^T v)^2, entry by entry."""

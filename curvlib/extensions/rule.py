@@ -121,7 +121,7 @@ class LayerRule(FirstOrderModuleExtension):
 
     def input_moments(self, use: AffineUse, groups: int) -> InputMoments:
         """Return the sums of a a^T and of a over all examples and positions; here from the inputs, chunk by chunk."""
-        parts = (use.chunk(*ends) for ends in chunks_of(use.examples, use.numbers))
+        parts = (use.take(chunk) for chunk in chunks_of(use.examples, use.numbers))
         return reduce(add, (moments_of_rows(part.a.flatten(0, 1).unflatten(-1, (groups, -1))) for part in parts))
 
     def _backpack_entry(

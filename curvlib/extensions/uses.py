@@ -12,12 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import Self
+
+# Consecutive examples, or the numbers (n,) of some.
+Examples: TypeAlias = slice | Tensor
 
 if TYPE_CHECKING:
     from curvlib.extensions.rule import LayerRule
@@ -45,8 +48,8 @@ class Use(ABC):
         """Numbers that the inputs of one example take, when they are made."""
 
     @abstractmethod
-    def chunk(self, start: int, stop: int) -> Self:
-        """Return the use by the examples from ``start`` to ``stop`` alone."""
+    def take(self, examples: Examples) -> Self:
+        """Return the use by some examples alone; the inputs are made for these."""
 
 
 class DenseUse(Use):
@@ -98,11 +101,11 @@ class AffineUse(DenseUse):
         """Numbers of one example's inputs, as the rule foresees them."""
         return self.rule.input_numbers(self.module, self.input, self.output_gradient)
 
-    def chunk(self, start: int, stop: int) -> AffineUse:
+    def take(self, examples: Examples) -> AffineUse:
         """Return the use by some examples; inputs are made for these alone."""
-        if (start, stop) == (0, self.examples):
+        if examples == slice(0, self.examples):
             return self
-        return AffineUse(self.rule, self.module, sliced(self.input, start, stop), self.output_gradient[start:stop])
+        return AffineUse(self.rule, self.module, taken(self.input, examples), self.output_gradient[examples])
 
     def moments(self, groups: int) -> InputMoments:
         """Return the sums for A by the rule, which may know a way without the inputs themselves."""
@@ -141,9 +144,9 @@ class PositionUse(DenseUse):
         """Numbers of one example's inputs."""
         return self.inputs[0].numel()
 
-    def chunk(self, start: int, stop: int) -> PositionUse:
-        """Return the use by some examples (views)."""
-        return PositionUse(self.inputs[start:stop], self.output_gradients[start:stop])
+    def take(self, examples: Examples) -> PositionUse:
+        """Return the use by some examples."""
+        return PositionUse(self.inputs[examples], self.output_gradients[examples])
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +178,9 @@ class LookupUse(Use):
         """Indices of one example."""
         return self.indices[0].numel()
 
-    def chunk(self, start: int, stop: int) -> LookupUse:
-        """Return the use by some examples (views)."""
-        return LookupUse(self.indices[start:stop], self.coefficients[start:stop], self.output_gradient[start:stop])
+    def take(self, examples: Examples) -> LookupUse:
+        """Return the use by some examples."""
+        return LookupUse(self.indices[examples], self.coefficients[examples], self.output_gradient[examples])
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,11 +231,11 @@ def gram(X: Float[Tensor, "R d"]) -> Float[Tensor, "d d"]:
     return result
 
 
-def chunks_of(examples: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """Yield the ends of chunks of examples, each example with so many numbers, that hold at most 64 MiB in float32."""
+def chunks_of(examples: int, numbers: int) -> Iterator[slice]:
+    """Yield chunks of examples, each example with so many numbers, that hold at most 64 MiB in float32."""
     step = max(1, _CHUNK_NUMBERS // max(1, numbers))
     for start in range(0, examples, step):
-        yield start, min(start + step, examples)
+        yield slice(start, min(start + step, examples))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -254,8 +257,8 @@ def detached(value: Any) -> Any:
     return tuple(map(detached, value)) if isinstance(value, tuple) else value
 
 
-def sliced(value: Any, start: int, stop: int) -> Any:
-    """Return what a rule has kept of a call for some examples: slices of its tensors, all else as it is."""
+def taken(value: Any, examples: Examples) -> Any:
+    """Return what a rule has kept of a call for some examples: parts of its tensors, all else as it is."""
     if isinstance(value, Tensor):
-        return value[start:stop]
-    return tuple(sliced(item, start, stop) for item in value) if isinstance(value, tuple) else value
+        return value[examples]
+    return tuple(taken(item, examples) for item in value) if isinstance(value, tuple) else value

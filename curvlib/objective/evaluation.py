@@ -8,11 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape, UnsupportedLayerError
@@ -97,6 +98,17 @@ class Evaluation:
     def examples(self) -> int:
         """N."""
         return self._outputs.shape[0]
+
+    @property
+    def counted_examples(self) -> int:
+        """How many examples have a target that counts: N, where the loss ignores none."""
+        return self.examples if self._counted is None else len(self._counted)
+
+    @cached_property
+    def _counted(self) -> Int[Tensor, " n"] | None:
+        """The numbers of these examples, None for all. Waits for the device where the loss may ignore some."""
+        counted = self.objective.loss.counted(self._outputs, self.targets)
+        return None if counted is None or bool(counted.all()) else counted.nonzero().squeeze(1)
 
     @property
     def plan(self) -> LayerPlan:
@@ -201,7 +213,8 @@ class Evaluation:
         self.check_fresh()
         self.work += _TO_OUTPUTS
         with full_precision(self.layout.device):
-            yield from self._tape.factors(self._recorded, vector)
+            for factors in self._tape.factors(self._recorded, vector):
+                yield replace(factors, counted=self._counted)
 
     def per_example_vjp(self, names: tuple[str, ...], vector: Float[Tensor, "N ..."]) -> Iterator[list[Tensor]]:
         """Yield J_n^T v_n for the named parameters, example by example: N backward passes, for any model."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from curvlib.output_losses.tensors import full_scalar, working_precision
@@ -94,6 +94,10 @@ class OutputLoss(ABC):
     def normalizer(self, outputs: Float[Tensor, "N *O"], targets: Any) -> Float[Tensor, ""]:
         """Return what the mean divides by, on the outputs' device: by default N."""
         return full_scalar(outputs, outputs.shape[0])
+
+    def counted(self, outputs: Float[Tensor, "N *O"], targets: Any) -> Bool[Tensor, " N"] | None:
+        """Return which examples have a target that counts; None where all do, whatever the targets are."""
+        return None
 
     def batch_weight(self, outputs: Float[Tensor, "N *O"], targets: Any) -> Float[Tensor, ""]:
         r"""Return 1/c, how much the batch counts when several make one objective.

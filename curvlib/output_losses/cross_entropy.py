@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,6 +100,12 @@ class CrossEntropy(OutputLoss):
         if targets.is_floating_point():
             return full_scalar(z, z.numel() // z.shape[1])
         return self._weight_of_label(z, targets).sum()
+
+    def counted(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> Bool[Tensor, " N"] | None:
+        """Return which examples have a position that is not ignored; None for probabilities, of which all count."""
+        if targets.is_floating_point():
+            return None
+        return (targets != self.ignore_index).reshape(targets.shape[0], -1).any(1)
 
     def linearize(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> Product:
         """Return V -> c kappa (p * V - p <p, V>)."""

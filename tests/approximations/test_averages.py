@@ -201,3 +201,17 @@ def test_unsupported_layers_are_refused_before_the_loader_is_touched():
 def test_fisher_needs_a_positive_number_of_samples(samples):
     with pytest.raises(ValueError, match="samples >= 1"):
         Fisher(samples=samples)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("cut", [(5, 2, 2), (6, 3), (1, 8), (9,)], ids=str)
+def test_examples_without_targets_are_left_out_however_the_data_are_cut(cut, reduction):
+    """Two of nine targets are ignored, alone in a batch of their own for one of the cuts."""
+    model, x, y = mlp([3, 4, 3]), torch.randn(9, 3).double(), torch.randint(3, (9,))
+    y[5:7] = -100
+    objective = Objective(model, nn.CrossEntropyLoss(reduction=reduction))
+    kept = torch.cat([torch.arange(5), torch.arange(7, 9)])
+    expected = KFAC(GGN()).estimate(objective.at((x[kept], y[kept]))).to_dense()
+    batches = list(zip(x.split(cut), y.split(cut), strict=True))
+    C = KFAC(GGN()).estimate_over(objective, batches, progress=False)
+    torch.testing.assert_close(C.to_dense(), expected, rtol=1e-9, atol=1e-11)
