@@ -4,54 +4,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norms, ReLU in place, and the identity added in place."""
-
-    def __init__(self, C_in, C_out, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(C_in, C_out, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(C_out)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(C_out, C_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(C_out)
-        self.downsample = None
-        if stride != 1 or C_in != C_out:
-            self.downsample = nn.Sequential(nn.Conv2d(C_in, C_out, 1, stride=stride, bias=False), nn.BatchNorm2d(C_out))
-
-    def forward(self, x):
-        identity = x
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
+from benchmarks.convolutional_networks import ResNet18
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 (He et al. 2016) for images (N, 3, S, S): 64 channels are ``width`` here."""
-
-    def __init__(self, width=4, classes=3):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._stage(width, width, 1)
-        self.layer2 = self._stage(width, 2 * width, 2)
-        self.layer3 = self._stage(2 * width, 4 * width, 2)
-        self.layer4 = self._stage(4 * width, 8 * width, 2)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(8 * width, classes)
-
-    def _stage(self, C_in, C_out, stride):
-        return nn.Sequential(BasicBlock(C_in, C_out, stride), BasicBlock(C_out, C_out))
-
-    def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+def resnet18(width=4, classes=3):
+    """ResNet-18 as torchvision writes it; 64 channels are ``width`` here."""
+    return ResNet18(width, classes, large_images=True)
 
 
 class CausalAttention(nn.Module):

@@ -47,7 +47,7 @@ def labels(classes):
 
 
 CASES = (
-    Case("resnet-18", networks.ResNet18, images(3, 32), labels(3)),
+    Case("resnet-18", networks.resnet18, images(3, 32), labels(3)),
     Case("gpt", networks.GPT, lambda N: torch.randint(5, (N, 4)), lambda x: torch.randint(5, x.shape)),
     Case("vit", networks.ViT, images(2, 4), labels(3)),
     Case("u-net", networks.UNet, images(1, 4), lambda x: torch.randint(2, (len(x), 4, 4))),
