@@ -20,6 +20,7 @@ from curvlib import (
     UnsupportedLayerError,
 )
 from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact, NonFiniteStatisticsError
+from curvlib.optimizers import kfac
 from curvlib.solvers import (
     QuadraticModel,
     damped_inverse,
@@ -384,3 +385,37 @@ def test_examples_that_meet_behind_a_head_of_zeros_are_found_once_the_head_moves
     nn.init.normal_(model[3].weight)
     with pytest.raises(UnsupportedLayerError, match="examples of a batch meet"):
         Diagonal(GGN()).estimate(objective.at(batch))
+
+
+class TwoNames(nn.Module):
+    """One module under two names, and another that shares its weight and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+        self.c = nn.Linear(3, 3)
+        self.c.weight, self.c.bias = self.a.weight, self.a.bias
+        self.register_buffer("calls", torch.zeros(()))
+        self.c.register_buffer("calls", self.calls)
+
+    def forward(self, x):
+        self.c.calls += 1
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def test_modules_with_two_names_keep_their_parameters_and_train():
+    model, batch = TwoNames().double(), (torch.randn(8, 3).double(), torch.randn(8, 3).double())
+    objective = Objective(model, nn.MSELoss())
+    evaluation, weight, calls = objective.at(batch), model.a.weight, float(model.calls)
+    theta = objective.parameter_vector()
+    for _ in range(2):
+        torch.testing.assert_close(evaluation.value_at(theta), evaluation.value)
+        moved = evaluation.value_at(2 * theta)
+    assert model.a.weight is model.c.weight is weight
+    assert float(model.calls) == calls, "values elsewhere leave the buffers as they are"
+    optimizer = kfac(objective)
+    losses = [optimizer.step(batch).loss for _ in range(5)]
+    assert losses[-1] < losses[0]
+    objective.layout.write(objective.parameters, 2 * theta)
+    torch.testing.assert_close(objective.value(batch), moved)

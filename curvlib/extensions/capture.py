@@ -24,6 +24,9 @@ from curvlib.extensions.rule import PositionFactors
 from curvlib.extensions.uses import Use, tensors_in
 from curvlib.parameters import trainable_parameters
 
+# Output gradients that one backward pass may leave: above it the calls are taken in two passes.
+_MANY_BYTES = 2**28
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -36,6 +39,7 @@ class Call:
         input_edges: where the call's tensors came from, without those that do not depend on a parameter.
         edge: the output of the call in the autograd graph, or the tensor that it is a view of.
         examples: how many the output has.
+        bytes: what the gradient of the output takes.
         refusal: why the rule cannot treat the call, or "".
         view: size, stride and offset of the output in that tensor; None where the edge is the output's own.
     """
@@ -47,6 +51,7 @@ class Call:
     edge: GradientEdge
     view: tuple[torch.Size, tuple[int, ...], int] | None
     examples: int
+    bytes: int
     refusal: str
 
 
@@ -112,22 +117,48 @@ class Tape:
             RuntimeError: an input was modified in place after its use.
             UnsupportedLayerError: a call does not have the outputs' number of examples.
         """
-        if not self._calls:
-            return
-        edges = [call.edge for call in self._calls]
-        gradients = torch.autograd.grad(outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True)
-        uses = self._uses(gradients, outputs.shape[0])
-        del gradients
-        for layer in self.plan.layers:
-            by_map = sorted(uses.pop(id(layer)).items())  # what a layer's uses have made goes with them
-            if by_map:
-                maps = (map_factors(found[0], layer.maps[place], tuple(found)) for place, found in by_map)
-                yield LayerFactors(layer, tuple(maps))
+        for calls in self._passes():
+            edges = [call.edge for call in calls]
+            gradients = torch.autograd.grad(
+                outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True
+            )
+            uses = self._uses(calls, gradients, outputs.shape[0])
+            del gradients
+            for layer in self.plan.layers:
+                by_map = sorted(uses.pop(id(layer)).items())  # what a layer's uses have made goes with them
+                if by_map:
+                    maps = (map_factors(found[0], layer.maps[place], tuple(found)) for place, found in by_map)
+                    yield LayerFactors(layer, tuple(maps))
 
-    def _uses(self, gradients: tuple[Tensor | None, ...], examples: int) -> dict[int, dict[int, list[Use]]]:
+    def _passes(self) -> list[list[Call]]:
+        """Return the calls of one backward pass or of two, so that fewer output gradients are alive at once.
+
+        Where they take much memory, the calls behind four fifths of it get a pass of their own. It ends where they
+        begin, so that it costs a part of the first one; with the outputs of convolutional networks, which become
+        smaller from stage to stage, it is the part in which the large factors A are made.
+        """
+        total = sum(call.bytes for call in self._calls)
+        if total <= _MANY_BYTES:
+            return [self._calls] if self._calls else []
+        first, late, before = [], [], 0
+        early_layers: set[int] = set()
+        for call in self._calls:
+            layers = _layers_of(call.planned)
+            # all calls of a layer belong together
+            if before < 0.8 * total or not early_layers.isdisjoint(layers):
+                early_layers |= layers
+                first.append(call)
+            else:
+                late.append(call)
+            before += call.bytes
+        return [first, late] if late else [first]
+
+    def _uses(
+        self, calls: list[Call], gradients: tuple[Tensor | None, ...], examples: int
+    ) -> dict[int, dict[int, list[Use]]]:
         """Return by layer and map what the calls' rules make of the gradients at their outputs."""
         uses: dict[int, dict[int, list[Use]]] = {id(layer): defaultdict(list) for layer in self.plan.layers}
-        for call, gradient in zip(self._calls, gradients, strict=True):
+        for call, gradient in zip(calls, gradients, strict=True):
             if gradient is None:
                 continue  # a branch that the outputs do not depend on
             _check_versions(call)
@@ -152,7 +183,8 @@ class Tape:
             given = tensors_in((args, tuple(kwargs.values())))
             edges = tuple(get_gradient_edge(tensor) for tensor in given if tensor.requires_grad)
             examples, refusal = planned.rule.examples(module, result), planned.rule.call_refusal(module)
-            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result), examples, refusal))
+            size = result.numel() * result.element_size()
+            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result), examples, size, refusal))
 
         return note
 

@@ -50,10 +50,26 @@ class ForwardPass:
 
     def at(self, parameters: dict[str, Tensor]) -> Any:
         """Call the model at other parameters, with the same random numbers; the model itself stays as it is."""
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        values = self._values_at(parameters)
         args, kwargs = _arguments(self._inputs)
         with self._same_random_numbers(), self.same_precision(), self._attention(), _one_function():
-            return torch.func.functional_call(self._model, {**parameters, **buffers}, args, kwargs)
+            # Every place is named: PyTorch's own search for tied places replaces those of a module with two names for
+            # good.
+            return torch.func.functional_call(self._model, values, args, kwargs, tie_weights=False)
+
+    def _values_at(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the new parameters and copies of the buffers by place, of every module once; shared ones stay shared."""
+        own = dict(self._model.named_parameters())
+        new = {id(own[name]): value for name, value in parameters.items()}
+        values = {}
+        for prefix, module in self._model.named_modules():
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    new.setdefault(id(buffer), buffer.clone())
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if id(tensor) in new:
+                    values[f"{prefix}.{key}" if prefix else key] = new[id(tensor)]
+        return values
 
     @contextmanager
     def same_precision(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from curvlib import GGN, Objective, UnsupportedLayerError
 from curvlib.approximations import KFAC, BlockDiagonal, Diagonal, Exact
-from curvlib.extensions import LayerRule, LinearRule, PositionFactors, find_rule, plan_layers, register
+from curvlib.extensions import LayerRule, LinearRule, PositionFactors, capture, find_rule, plan_layers, register
 from curvlib.parameters import ParameterLayout
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -121,6 +121,30 @@ def test_in_place_operations_on_outputs_at_several_positions_are_right(positions
     vectors = torch.randn(2, *y.shape).double()
     rebuilt = rebuilt_gradient(evaluation, vectors[1])
     torch.testing.assert_close(rebuilt, network.jacobian().T @ vectors[1].flatten(), **CLOSE)
+
+
+class Deep(nn.Module):
+    """Seven calls, the last one of a layer of its own or of the first layer again."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6 if again else 7)))
+        self.again = again
+
+    def forward(self, x):
+        return self.layers[0](torch.tanh(self.layers(x))) if self.again else self.layers(x)
+
+
+@pytest.mark.parametrize(("again", "passes"), [(False, [6, 1]), (True, [7])])
+def test_two_backward_passes_give_what_one_gives(again, passes, monkeypatch):
+    network, evaluation = evaluate(Deep(again).double(), torch.randn(5, 3).double(), torch.randn(5, 3).double())
+    vector = torch.randn(5, 3).double()
+    once = rebuilt_gradient(evaluation, vector)
+    assert [len(calls) for calls in evaluation._tape._passes()] == [7]
+    monkeypatch.setattr(capture, "_MANY_BYTES", 0)
+    assert [len(calls) for calls in evaluation._tape._passes()] == passes, "the calls of a layer stay together"
+    torch.testing.assert_close(rebuilt_gradient(evaluation, vector), once, **CLOSE)
+    assert_blocks_are_right(network, evaluation)
 
 
 def test_a_layer_at_no_position_has_zero_curvature():
