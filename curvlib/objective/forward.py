@@ -58,7 +58,7 @@ class ForwardPass:
             return torch.func.functional_call(self._model, values, args, kwargs, tie_weights=False)
 
     def _values_at(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the new parameters and copies of the buffers by place, of every module once; shared ones stay shared."""
+        """Return new parameters and copies of the buffers by place, of every module once; shared ones stay shared."""
         own = dict(self._model.named_parameters())
         new = {id(own[name]): value for name, value in parameters.items()}
         values = {}
