@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import curvlinops
-from backpack import backpack, extend, extensions
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.convolutional_networks import CONVOLUTIONAL_CHAIN, RESNET, RESNET_LARGE_STEM
+from benchmarks.kfac_statistics import by_backpack
 from benchmarks.subjects import Benchmark, Call, Subject, Target
 from benchmarks.workload import Workload
 from curvlib import Fisher
@@ -41,25 +41,12 @@ def _curvlinops(workload: Workload) -> Call:
     return operator.compute_kronecker_factors
 
 
-def _backpack(workload: Workload) -> Call:
-    model, loss = extend(workload.model), extend(workload.loss)
-
-    def both() -> list[tuple[Tensor, list[Tensor]]]:
-        model.zero_grad(set_to_none=True)
-        value = loss(model(workload.inputs), workload.targets)
-        with backpack(extensions.KFAC(mc_samples=1)):
-            value.backward()
-        return [(parameter.grad, parameter.kfac) for parameter in model.parameters()]
-
-    return both
-
-
 _OURS = (
     Subject(name=_STATISTICS, prepare=_statistics, most_repeats=5),
     Subject(name="curvlib: forward pass and statistics", prepare=_with_forward, most_repeats=5),
 )
 _CURVLINOPS = Subject(name="curvlinops: forward pass and statistics", prepare=_curvlinops, most_repeats=5)
-_BACKPACK = Subject(name="BackPACK: gradient and statistics", prepare=_backpack, most_repeats=5)
+_BACKPACK = Subject(name="BackPACK: gradient and statistics", prepare=by_backpack, most_repeats=5)
 
 CONVOLUTIONAL_STATISTICS = (
     Benchmark(

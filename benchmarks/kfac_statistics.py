@@ -54,7 +54,8 @@ def _statistics_alone(workload: Workload) -> Call:
     return lambda: approximation.statistics(objective.at(workload.batch, linearize=False))
 
 
-def _backpack(workload: Workload) -> Call:
+def by_backpack(workload: Workload) -> Call:
+    """BackPACK's gradient and factors, with one drawn label for each example."""
     model, loss = extend(workload.model), extend(workload.loss)
 
     def both() -> list[tuple[Tensor, list[Tensor]]]:
@@ -99,7 +100,7 @@ KFAC_STATISTICS = Benchmark(
         Subject(name="curvlib: the same without linearisation", prepare=_whole_unlinearised),
         Subject(name=_EIGHTH, prepare=_eighth),
         Subject(name="curvlib: statistics alone", prepare=_statistics_alone),
-        Subject(name="BackPACK: gradient and statistics, whole batch", prepare=_backpack),
+        Subject(name="BackPACK: gradient and statistics, whole batch", prepare=by_backpack),
         Subject(name="curvlinops: statistics alone", prepare=_curvlinops),
         Subject(name="PyTorch: the products X^T X alone", prepare=_factor_products),
     ),
