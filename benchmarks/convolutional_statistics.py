@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import curvlinops
-from torch import nn
-
 from benchmarks.convolutional_networks import CONVOLUTIONAL_CHAIN, RESNET, RESNET_LARGE_STEM
-from benchmarks.kfac_statistics import by_backpack
+from benchmarks.kfac_statistics import by_backpack, by_curvlinops
 from benchmarks.subjects import Benchmark, Call, Subject, Target
 from benchmarks.workload import Workload
 from curvlib import Fisher
@@ -25,27 +22,11 @@ def _with_forward(workload: Workload) -> Call:
     return lambda: approximation.statistics(objective.at(workload.batch, linearize=False))
 
 
-def _curvlinops(workload: Workload) -> Call:
-    """Of convolutions and linear layers alone: batch norms have no factors there."""
-    affine = [module for module in workload.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    operator = curvlinops.KFACLinearOperator(
-        workload.model,
-        workload.loss,
-        [parameter for module in affine for parameter in module.parameters()],
-        [workload.batch],
-        fisher_type="mc",
-        mc_samples=1,
-        separate_weight_and_bias=False,
-        check_deterministic=False,
-    )
-    return operator.compute_kronecker_factors
-
-
 _OURS = (
     Subject(name=_STATISTICS, prepare=_statistics, most_repeats=5),
     Subject(name="curvlib: forward pass and statistics", prepare=_with_forward, most_repeats=5),
 )
-_CURVLINOPS = Subject(name="curvlinops: forward pass and statistics", prepare=_curvlinops, most_repeats=5)
+_CURVLINOPS = Subject(name="curvlinops: forward pass and statistics", prepare=by_curvlinops, most_repeats=5)
 _BACKPACK = Subject(name="BackPACK: gradient and statistics", prepare=by_backpack, most_repeats=5)
 
 CONVOLUTIONAL_STATISTICS = (

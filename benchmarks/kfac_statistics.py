@@ -5,7 +5,7 @@ from __future__ import annotations
 import curvlinops
 import torch
 from backpack import backpack, extend, extensions
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.subjects import Benchmark, Call, Subject, Target
 from benchmarks.workload import AUTOENCODER, Workload
@@ -68,11 +68,13 @@ def by_backpack(workload: Workload) -> Call:
     return both
 
 
-def _curvlinops(workload: Workload) -> Call:
+def by_curvlinops(workload: Workload) -> Call:
+    """Curvlinops' factors of convolutions and linear layers: batch norms have none there."""
+    affine = [module for module in workload.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     operator = curvlinops.KFACLinearOperator(
         workload.model,
         workload.loss,
-        list(workload.model.parameters()),
+        [parameter for module in affine for parameter in module.parameters()],
         [workload.batch],
         fisher_type="mc",
         mc_samples=1,
@@ -85,7 +87,7 @@ def _curvlinops(workload: Workload) -> Call:
 def _factor_products(workload: Workload) -> Call:
     """The matrix products A^T A and G^T G of all layers alone, as general products: a bound to compare with."""
     widths = [workload.inputs.shape[1]]
-    widths += [module.out_features for module in workload.model.children() if isinstance(module, torch.nn.Linear)]
+    widths += [module.out_features for module in workload.model.children() if isinstance(module, nn.Linear)]
     examples, device = workload.inputs.shape[0], workload.inputs.device
     values = [torch.rand(examples, width, device=device) for width in widths]
     return lambda: [X.T @ X for X in (*values[:-1], *values[1:])]
@@ -101,7 +103,7 @@ KFAC_STATISTICS = Benchmark(
         Subject(name=_EIGHTH, prepare=_eighth),
         Subject(name="curvlib: statistics alone", prepare=_statistics_alone),
         Subject(name="BackPACK: gradient and statistics, whole batch", prepare=by_backpack),
-        Subject(name="curvlinops: statistics alone", prepare=_curvlinops),
+        Subject(name="curvlinops: statistics alone", prepare=by_curvlinops),
         Subject(name="PyTorch: the products X^T X alone", prepare=_factor_products),
     ),
     targets=(Target(subject=_WHOLE, at_most=2.1), Target(subject=_EIGHTH, at_most=1.3)),

@@ -14,6 +14,8 @@ import torch
 
 from benchmarks.measurement import Result, Row, Settings, Verdict
 
+# Figures of a few MiB are losses of the allocator.
+_ROUNDING_MIB = 5.0
 _PEERS = ("backpack-for-pytorch", "curvlinops-for-pytorch")
 
 
@@ -58,14 +60,15 @@ def markdown(settings: Settings, results: Sequence[Result]) -> str:
 
 def _section(result: Result) -> str:
     head = [
-        "| subject | gradients | lowest to highest | milliseconds | peak MiB | note |",
+        "| subject | gradients | lowest to highest | milliseconds | peak MiB (of the gradient's) | note |",
         "|---|---:|---:|---:|---:|---|",
     ]
     gradient = next((row.ratio.reference_seconds for row in result.rows if row.ratio is not None), None)
+    gradient_peak = next((row.peak_mib for row in result.rows if row.ratio is None), None)
     parts = [
         f"### {result.benchmark.title}",
         f"{result.benchmark.problem}; `--only {result.benchmark.name}`.",
-        "\n".join([*head, *(_row(row, gradient) for row in result.rows)]),
+        "\n".join([*head, *(_row(row, gradient, gradient_peak) for row in result.rows)]),
     ]
     if result.verdicts:
         parts.append(
@@ -80,14 +83,21 @@ def _section(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def _row(row: Row, gradient: float | None) -> str:
-    peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+def _row(row: Row, gradient: float | None, gradient_peak: float | None) -> str:
+    peak = _peak(row.peak_mib, gradient_peak)
     if row.ratio is None:
         milliseconds = "-" if gradient is None else f"{1e3 * gradient:.3g}"
         return f"| {row.subject} | 1 | | {milliseconds} | {peak} | {row.note} |"
     ratio = row.ratio
     spread = f"{ratio.lowest:.2f} to {ratio.highest:.2f}"
     return f"| {row.subject} | {ratio.median:.2f} | {spread} | {1e3 * ratio.seconds:.3g} | {peak} | {row.note} |"
+
+
+def _peak(mib: float | None, gradient: float | None) -> str:
+    """Return MiB, and how many times the gradient's where that is more than rounding."""
+    if mib is None:
+        return "-"
+    return f"{mib:.0f}" if gradient is None or gradient < _ROUNDING_MIB else f"{mib:.0f} ({mib / gradient:.2f})"
 
 
 def _verdict(verdict: Verdict) -> str:

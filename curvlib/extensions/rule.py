@@ -89,7 +89,7 @@ class LayerRule(FirstOrderModuleExtension):
     def call_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the map acts on, from the arguments of the call: a tensor, or a tuple with tensors in it.
 
-        Every tensor in it has the examples first (see :meth:`uses` for modules that want it otherwise).
+        Where :meth:`uses` is the inherited one, every tensor in it has the examples first.
         """
         return args[0] if args else kwargs["input"]
 

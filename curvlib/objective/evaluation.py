@@ -47,7 +47,8 @@ class Evaluation:
         layout: how theta's tensors lie in flat vectors (D,).
         targets: the batch's targets.
         work: forward and backward passes made so far, in gradients of this batch (a forward pass is 1/3 of one);
-            checks that are made once for an objective are not counted.
+            checks that are made once for an objective are not counted, nor is the second, partial pass that the
+            statistics of large networks make to save memory.
     """
 
     def __init__(
