@@ -27,10 +27,12 @@ class Products:
     Attributes:
         product: v (D,) -> C v.
         quadratic_form: V (D, K) -> V^T C V (K, K), from the products J V alone where that is possible.
+        output_product: x -> M x where C = J^T M J; None for a matrix that is more than that.
     """
 
     product: Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]
     quadratic_form: Callable[[Float[Tensor, "D K"]], Float[Tensor, "K K"]]
+    output_product: Callable[[OutputVector], OutputVector] | None = None
 
 
 class CurvatureMatrix(ABC):
@@ -68,6 +70,7 @@ class CurvatureMatrix(ABC):
         return Products(
             product=lambda v: evaluation.product(output_product, v),
             quadratic_form=lambda V: _output_space_form(evaluation, output_product, V),
+            output_product=output_product,
         )
 
 

@@ -12,10 +12,13 @@ from curvlib.approximations.block_diagonal import BlockDiagonal
 from curvlib.approximations.diagonal import Diagonal
 from curvlib.approximations.exact import Dense, Exact
 from curvlib.approximations.identity import Identity
+from curvlib.approximations.joint import joined
 from curvlib.approximations.kfac import KFAC
 from curvlib.approximations.layerwise import LayerwiseApproximation
+from curvlib.approximations.matching import MatchingCrossEntropy, MatchingLoss, SquaredChange
 from curvlib.approximations.moving_average import MovingAverage
 from curvlib.approximations.per_layer import PerLayer
+from curvlib.approximations.structural_damping import StructuralDamping
 from curvlib.approximations.weight_sharing import Expand, Reduce, WeightSharing
 
 __all__ = [
@@ -31,12 +34,17 @@ __all__ = [
     "Expand",
     "Identity",
     "LayerwiseApproximation",
+    "MatchingCrossEntropy",
+    "MatchingLoss",
     "MovingAverage",
     "NonFiniteStatisticsError",
     "PerLayer",
     "Reduce",
+    "SquaredChange",
     "StatisticalApproximation",
     "Statistics",
+    "StructuralDamping",
     "WeightSharing",
+    "joined",
     "layer_key",
 ]

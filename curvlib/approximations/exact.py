@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import isfinite
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -24,8 +25,9 @@ from curvlib.approximations.base import (
     Statistics,
     with_l2,
 )
+from curvlib.approximations.joint import OutputProducts
 from curvlib.extensions import LayerPlan
-from curvlib.matrices import CurvatureMatrix
+from curvlib.matrices import CurvatureMatrix, Products
 from curvlib.objective import Batch, Evaluation, Objective, StaleEvaluationError
 from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import LinearOperator, MatrixFree
@@ -60,15 +62,7 @@ class Exact(Approximation):
         """
         check_finite(self, float(evaluation.value))
         products = self.matrix.products(evaluation, generator)
-        operator = MatrixFree(
-            products.product,
-            evaluation.layout.size,
-            evaluation.layout.dtype,
-            evaluation.layout.device,
-            quadratic_form=products.quadratic_form,
-            columnwise=True,
-        )
-        return with_l2(operator, evaluation.objective)
+        return with_l2(OutputProducts(evaluation, products), evaluation.objective)
 
     def estimate_over(
         self,
@@ -88,7 +82,7 @@ class Exact(Approximation):
             StaleEvaluationError: (at a product) the parameters have changed.
             RuntimeError: (at a product) the loader or the model gives another objective value than at first.
         """
-        sweep = _Sweep(objective, self.matrix, loader, generator, progress)
+        sweep = Sweep(objective, self.matrix, loader, generator, progress)
         operator = MatrixFree(
             sweep.matmat,
             objective.layout.size,
@@ -133,23 +127,40 @@ class Dense(StatisticalApproximation):
         return whole_matrix(self, objective, "exact, dense")
 
 
-class _Sweep:
-    """Products with the curvature of a loss over a loader, batch by batch, with a check that nothing changes."""
+class BatchProducts(Protocol):
+    """What gives the products of one evaluation: a curvature matrix, or something else with these two."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the products depend on random draws."""
+
+    def products(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Products:
+        """Return the products of one evaluation."""
+
+
+class Sweep:
+    """Products with the curvature of a loss over a loader, batch by batch, with a check that nothing changes.
+
+    Args:
+        batch_weight: how much a batch counts in a mean over batches; by default the loss's own weight.
+    """
 
     def __init__(
         self,
         objective: Objective,
-        matrix: CurvatureMatrix,
+        matrix: BatchProducts,
         loader: Iterable[Batch],
         generator: torch.Generator | None,
         progress: bool,
+        batch_weight: Callable[[Evaluation], Tensor] | None = None,
     ) -> None:
         if iter(loader) is loader:
             raise TypeError(
-                "Exact.estimate_over runs through the loader at each product, but this one can be iterated once only: "
+                "estimate_over runs through the loader at each product, but this one can be iterated once only: "
                 "give a list or a DataLoader instead of an iterator."
             )
         self._objective, self._matrix, self._loader = objective, matrix, loader
+        self._batch_weight = batch_weight if batch_weight is not None else _weight_in_loss
         self._device = objective.layout.device
         seed_device = generator.device if generator is not None else "cpu"
         self._seed = int(torch.randint(2**62, (), generator=generator, device=seed_device))
@@ -162,15 +173,17 @@ class _Sweep:
             raise ValueError("estimate_over needs a loader with at least one batch, got none.")
 
     def matmat(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """Return C V, without the l2 term."""
         return self._total(lambda evaluation, draws: _by_columns(self._matrix.products(evaluation, draws).product, V))
 
     def quadratic_form(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "K K"]:
+        """Return V^T C V, without the l2 term."""
         return self._total(lambda evaluation, draws: self._matrix.products(evaluation, draws).quadratic_form(V))
 
     def _total(self, part: Callable[[Evaluation, torch.Generator], Tensor]) -> Tensor:
         if self._parameter_versions() != self._versions:
             raise StaleEvaluationError(
-                "the parameters have changed since Exact.estimate_over: call it again for the curvature at new ones."
+                "the parameters have changed since estimate_over: call it again for the curvature at new ones."
             )
         total: Tensor | None = None
         weights, values = [], []
@@ -190,9 +203,9 @@ class _Sweep:
                 evaluation = self._objective.at(batch, linearize=False)
             except NoTargetsError:
                 continue  # all of its targets are ignored: it has no weight in the whole
-            weight = self._objective.loss.batch_weight(evaluation.outputs, evaluation.targets)
-            if float(weight) != 0:  # the same on devices where targets are not looked at beforehand
-                yield evaluation, weight
+            # the same on devices where targets are not looked at beforehand
+            if float(_weight_in_loss(evaluation)) != 0:
+                yield evaluation, self._batch_weight(evaluation)
 
     def _check_same(self, values: list[tuple[float, float]]) -> None:
         """Batches in another order are the same data, unless draws belong to a batch's number."""
@@ -216,6 +229,10 @@ class _Sweep:
 
     def _parameter_versions(self) -> list[tuple[int, int]]:
         return [(parameter._version, parameter.data_ptr()) for parameter in self._objective.parameters]
+
+
+def _weight_in_loss(evaluation: Evaluation) -> Float[Tensor, ""]:
+    return evaluation.objective.loss.batch_weight(evaluation.outputs, evaluation.targets)
 
 
 def check_matrix(approximation: Approximation, matrix: object) -> None:

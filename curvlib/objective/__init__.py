@@ -4,5 +4,14 @@ from curvlib.objective.errors import FusedAttentionWarning, LinearizationError, 
 from curvlib.objective.evaluation import Evaluation
 from curvlib.objective.forward import Batch
 from curvlib.objective.objective import Objective
+from curvlib.objective.observed import ObservedPass
 
-__all__ = ["Batch", "Evaluation", "FusedAttentionWarning", "LinearizationError", "Objective", "StaleEvaluationError"]
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "FusedAttentionWarning",
+    "LinearizationError",
+    "Objective",
+    "ObservedPass",
+    "StaleEvaluationError",
+]

@@ -250,6 +250,13 @@ class Evaluation:
             with full_precision(self.layout.device):
                 return self.objective.total(self.objective.loss.value(outputs, self.targets), parts)
 
+    def forward_again(self) -> Float[Tensor, "N ..."]:
+        """Return the outputs of another forward pass, with a graph: same parameters, random numbers and precision."""
+        self.check_fresh()
+        self.work += _FORWARD
+        with torch.enable_grad():
+            return self._forward.at(dict(zip(self.layout.names, self._parameters, strict=True)))
+
     def same_precision(self) -> AbstractContextManager[None]:
         """Return a context with the autocast setting that this evaluation was made with."""
         return self._forward.same_precision()
@@ -298,7 +305,7 @@ class Evaluation:
             square = jv.square().sum()
             difference = (v @ self._vjp(jv) - square).abs()
             # Half the digits of the coarsest type: rounding stays far below, a lost layer far above.
-            if bool(difference > self._coarsest_eps() ** 0.5 * square):
+            if bool(difference > self.coarsest_eps() ** 0.5 * square):
                 raise LinearizationError(
                     f"<J v, J v> and <v, J^T J v> differ by {float(difference / square):.1e} of their size: some "
                     "operation's backward pass cannot be differentiated (once_differentiable, or computed outside "
@@ -338,7 +345,7 @@ class Evaluation:
         for cached in ("_transposed", "_linearization"):
             vars(self).pop(cached, None)
 
-    def _coarsest_eps(self) -> float:
+    def coarsest_eps(self) -> float:
         """Return the rounding error of the coarsest type that takes part: outputs, parameters, autocast."""
         types = {self._graph.dtype, *(parameter.dtype for parameter in self._parameters)}
         autocast = self._forward.autocast_type

@@ -65,7 +65,7 @@ def test_exact_over_batches_raises_when_the_parameters_change():
     C = Exact(GGN()).estimate_over(objective, parts, progress=False)
     with torch.no_grad():
         objective.model[0].weight.mul_(2.0)
-    with pytest.raises(StaleEvaluationError, match=r"Exact\.estimate_over"):
+    with pytest.raises(StaleEvaluationError, match="since estimate_over"):
         C @ torch.ones(C.size).double()
 
 
