@@ -79,18 +79,22 @@ def hessian_free(
     curvature: Approximation | None = None,
     damping: float | DampingControl | None = None,
     preconditioner: Approximation | None = None,
+    structural_damping: Approximation | None = None,
+    structural_weight: float = 1 / 30,
     curvature_fraction: float = 1.0,
     seed: int = 0,
 ) -> SecondOrderOptimizer:
     """Return Hessian-free optimisation: truncated conjugate gradients, backtracking, a line search, adaptive damping.
 
-    Martens 2010.
+    Martens 2010; with structural damping, for recurrent networks, Martens & Sutskever 2011 (damping 0.1 at the start).
 
     Args:
         objective: what to minimise.
         curvature: ``Exact(GGN())`` by default.
         damping: the first lambda, or a whole control; by default 0.3 of the curvature along the first gradient.
         preconditioner: an approximation whose damped inverse preconditions the solver, or None.
+        structural_damping: S of C + lambda (I + mu S), such as ``StructuralDamping()``, or None.
+        structural_weight: mu.
         curvature_fraction: part of the batch for the curvature's products.
         seed: of the optimizer's random generator.
     """
@@ -105,6 +109,8 @@ def hessian_free(
             curvature=curvature if curvature is not None else Exact(GGN()),
             preconditioner=preconditioner,
             fraction=curvature_fraction,
+            regularizer=structural_damping,
+            regularizer_weight=structural_weight,
         ),
         step_rule=BacktrackingLineSearch(),
         damping=control,

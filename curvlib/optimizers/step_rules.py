@@ -98,6 +98,7 @@ class ModelRescaling(StepRule):
             gradient=situation.gradient,
             curvature=Exact(self.matrix).estimate(evaluation, situation.generator),
             damping=situation.damping,
+            regularizer=proposal.regularizer,
         )
         best = model.minimise_over(torch.stack(proposals).T)  # each column contiguous, as products want them
         alpha, *mu = best.coefficients.tolist()
@@ -198,4 +199,5 @@ def _model(situation: Situation, proposal: Proposal) -> QuadraticModel:
         gradient=situation.gradient,
         curvature=proposal.operator,
         damping=situation.damping,
+        regularizer=proposal.regularizer,
     )

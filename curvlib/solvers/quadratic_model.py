@@ -6,10 +6,11 @@ Symbols:
     C           (D, D)             the curvature matrix, with the l2 term where the objective has one
     lambda                         the damping
     d           (D,)               a step
-    M(d) = h + g^T d + 1/2 d^T (C + lambda I) d
+    M(d) = h + g^T d + 1/2 d^T (C + lambda (I + R)) d
+    R           (D, D)             structure of the damping, positive semi-definite, or none
     V           (D, K)             proposed steps, such as [Delta, d_prev] of K-FAC with momentum
     b = V^T g   (K,)               linear terms
-    A = V^T C V + lambda V^T V     (K, K) quadratic form; w (K,) the coefficients of the proposals, d = V w
+    A = V^T C V + lambda V^T (I + R) V     (K, K) quadratic form; w (K,) the coefficients of the proposals, d = V w
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from curvlib.solvers.solution import Status
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """M(d) - M(0) with and without the damping's 1/2 lambda |d|^2, as numbers on the host."""
+    """M(d) - M(0) with and without the damping's 1/2 lambda d^T (I + R) d, as numbers on the host."""
 
     damped: float
     undamped: float
@@ -84,7 +85,7 @@ class Rescaling:
             minimised over the directions of positive curvature alone (so too where a flat direction has a slope).
         linear_terms: b.
         curvature_form: V^T C V, without the damping.
-        gram: V^T V.
+        gram: V^T (I + R) V.
         damping: lambda.
     """
 
@@ -117,7 +118,7 @@ class Rescaling:
 class QuadraticModel:
     r"""Quadratic model of the objective around the current parameters.
 
-    .. math:: M(d) = h + g^T d + \tfrac12 d^T (C + \lambda I) d
+    .. math:: M(d) = h + g^T d + \tfrac12 d^T (C + \lambda (I + R)) d
 
     Martens & Grosse (2015), section 6.4. Give it the exact GGN or Fisher, as a rule, not the approximation that
     proposed the step. C may include the objective's l2 term, as curvlib's operators do: the damping is lambda alone.
@@ -127,9 +128,10 @@ class QuadraticModel:
         gradient: g (D,).
         curvature: C; only its quadratic forms are used, for which exact operators need no backward pass.
         damping: lambda >= 0.
+        regularizer: R, which makes some directions dearer than others (structural damping); None for R = 0.
 
     Raises:
-        ValueError, TypeError: value is no scalar, the gradient does not fit C, or the damping is not a number >= 0.
+        ValueError, TypeError: value is no scalar, gradient or R do not fit C, or the damping is no number >= 0.
 
     Example:
         >>> from curvlib.operators import Diagonal
@@ -144,6 +146,7 @@ class QuadraticModel:
     gradient: Float[Tensor, " D"]
     curvature: LinearOperator
     damping: float = 0.0
+    regularizer: LinearOperator | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", checked_damping(self.damping, "QuadraticModel(damping=...)"))
@@ -155,6 +158,9 @@ class QuadraticModel:
                 f"QuadraticModel(gradient=...) must have shape ({C.size},) and dtype {C.dtype} to fit {C!r}, "
                 f"got {tuple(self.gradient.shape)} of {self.gradient.dtype}."
             )
+        R = self.regularizer
+        if R is not None and (R.size, R.dtype) != (C.size, C.dtype):
+            raise ValueError(f"QuadraticModel(regularizer=...) must fit {C!r} in size and dtype, got {R!r}.")
 
     def __call__(self, step: Float[Tensor, " D"]) -> Float[Tensor, ""]:
         """Return M(d)."""
@@ -199,7 +205,7 @@ class QuadraticModel:
         # One transfer instead of four.
         with full_precision(proposals.device):
             b, curvature_form, gram, lengths = _to_host(
-                unit.T @ self.gradient, self.curvature.quadratic_form(unit), unit.T @ unit, lengths
+                unit.T @ self.gradient, self.curvature.quadratic_form(unit), self._damping_form(unit), lengths
             )
         for name, part in (("proposals", gram), ("gradient", b), ("curvature", curvature_form)):
             if not bool(part.isfinite().all()):
@@ -232,12 +238,18 @@ class QuadraticModel:
         )
 
     def _terms(self, step: Float[Tensor, " D"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return g^T d + 1/2 d^T C d and |d|^2."""
+        """Return g^T d + 1/2 d^T C d and d^T (I + R) d."""
         if step.shape != self.gradient.shape:
             raise ValueError(f"A step must have shape {tuple(self.gradient.shape)}, got {tuple(step.shape)}.")
         with full_precision(step.device):
-            quadratic = self.curvature.quadratic_form(step.unsqueeze(1)).squeeze()
-            return self.gradient @ step + 0.5 * quadratic, step @ step
+            column = step.unsqueeze(1)
+            quadratic = self.curvature.quadratic_form(column).squeeze()
+            return self.gradient @ step + 0.5 * quadratic, self._damping_form(column).squeeze()
+
+    def _damping_form(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "K K"]:
+        """Return V^T (I + R) V."""
+        gram = V.T @ V
+        return gram if self.regularizer is None else gram + self.regularizer.quadratic_form(V)
 
     def _checked_fixed(self, proposals: Float[Tensor, "D K"], fixed: Mapping[int, float]) -> dict[int, float]:
         if proposals.ndim != 2 or proposals.shape[0] != self.curvature.size or proposals.shape[1] == 0:
