@@ -11,8 +11,10 @@ from curvlib.operators import (
     CholeskyInverse,
     Dense,
     Diagonal,
+    GeneralKroneckerChain,
     Identity,
     Kronecker,
+    KroneckerCongruence,
     KroneckerEigen,
     KroneckerEigenStack,
     KroneckerStack,
@@ -22,6 +24,7 @@ from curvlib.operators import (
     Scaled,
     Shifted,
     Sum,
+    SymmetricKroneckerChain,
 )
 
 
@@ -78,7 +81,7 @@ def _kron(*matrices: Tensor) -> Tensor:
     """Kronecker product by its definition: block (i, j) is a_ij B."""
     result = matrices[0]
     for B in matrices[1:]:
-        rows = [torch.cat([result[i, j] * B for j in range(len(result))], dim=1) for i in range(len(result))]
+        rows = [torch.cat([result[i, j] * B for j in range(result.shape[1])], dim=1) for i in range(len(result))]
         result = torch.cat(rows)
     return result
 
@@ -231,6 +234,53 @@ def kronecker_eigen_stack_with_identity(d: Draw):
     return KroneckerEigenStack((None, Q, None), e), _stacked(blocks)
 
 
+def kronecker_congruence(d: Draw):
+    M, L, e = d.normal(2, d.integer(1, 3)), d.normal(3, d.integer(1, 3)), d.values(2, 3)
+    N = _kron(M, L)
+    return KroneckerCongruence(((M, L),), e), N.T @ torch.diag(e.reshape(-1)) @ N
+
+
+def kronecker_congruence_of_two_terms(d: Draw):
+    n, m = d.integer(1, 3), d.integer(1, 3)
+    terms = tuple((d.normal(n, 2), d.normal(1, 1), d.normal(m, 3)) for _ in range(2))
+    N, e = _kron(*terms[0]) + _kron(*terms[1]), d.values(n, 1, m)
+    return KroneckerCongruence(terms, e), N.T @ torch.diag(e.reshape(-1)) @ N
+
+
+def _lags(root: Tensor, psi: Tensor, longest: int) -> list[Tensor]:
+    """The moments at lags 0, 1, ... of x_{t+1} = Psi x_t + noise with unit covariance, seen through the root."""
+    return [root @ torch.linalg.matrix_power(psi, i) @ root.T for i in range(longest + 1)]
+
+
+def symmetric_kronecker_chain(d: Draw):
+    """Positive semi-definite whatever was asked for; the antisymmetric parts of the lag-1 moments do not count."""
+    sizes, r = (d.integer(1, 3), d.integer(1, 3)), torch.tensor([1.0, 0.7, 0.5, 0.3, 0.1], dtype=torch.float64)
+    lags, skew = [], []
+    for n in sizes:
+        Q, B = d.orthogonal(n), d.normal(n, n)
+        lags.append(_lags(d.normal(n, n), Q @ torch.diag(d.normal(n).tanh()) @ Q.T, 4))
+        skew.append(B - B.T)
+    M = _kron(lags[0][0], lags[1][0])
+    for i in range(1, 5):
+        M = M + 2.0 * float(r[i]) * _kron(lags[0][i], lags[1][i])
+    lag0, lag1 = tuple(F[0] for F in lags), tuple(F[1] + K for F, K in zip(lags, skew, strict=True))
+    return SymmetricKroneckerChain(lag0, lag1, r.to(d.device, d.dtype)), M
+
+
+def general_kronecker_chain(d: Draw):
+    """Positive semi-definite whatever was asked for."""
+    sizes = (d.integer(1, 3), d.integer(1, 3))
+    lags = []
+    for n in sizes:
+        B = d.normal(n, n)
+        # 0.64^120 < 1e-23
+        lags.append(_lags(d.normal(n, n), 0.8 * B / torch.linalg.matrix_norm(B, 2), 120))
+    M = _kron(lags[0][0], lags[1][0])
+    for G, A in zip(lags[0][1:], lags[1][1:], strict=True):
+        M = M + _kron(G, A) + _kron(G.T, A.T)
+    return GeneralKroneckerChain(tuple(F[0] for F in lags), tuple(F[1] for F in lags)), M
+
+
 def low_rank(d: Draw):
     n, r = d.integer(1, 6), d.integer(0, 7)
     U, w, v = d.normal(n, r), d.values(r), d.values(n)
@@ -283,6 +333,10 @@ CASES: dict[str, Callable[[Draw], tuple[LinearOperator, Tensor]]] = {
         kronecker_stack_of_three,
         kronecker_eigen_stack,
         kronecker_eigen_stack_with_identity,
+        kronecker_congruence,
+        kronecker_congruence_of_two_terms,
+        symmetric_kronecker_chain,
+        general_kronecker_chain,
         low_rank,
         low_rank_alone,
         matrix_free,

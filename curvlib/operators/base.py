@@ -205,7 +205,7 @@ class LinearOperator(ABC):
             columns = torch.arange(start, min(start + _COLUMNS_AT_ONCE, self.size), device=self.device)
             unit = torch.zeros(self.size, len(columns), dtype=self.dtype, device=self.device)
             unit[columns, torch.arange(len(columns), device=self.device)] = 1.0
-            yield columns, self.matmat(unit)
+            yield columns, self @ unit
 
 
 def _is_number(value: object) -> bool:

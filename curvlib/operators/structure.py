@@ -6,6 +6,7 @@ None where the structures do not go together. Add your own class with ``.registe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce, singledispatch
 from operator import add
 
@@ -18,6 +19,8 @@ from curvlib.operators.block_diagonal import BlockDiagonal
 from curvlib.operators.dense import Dense
 from curvlib.operators.diagonal import Diagonal, Identity, Shifted
 from curvlib.operators.kronecker import Kronecker, KroneckerEigen
+from curvlib.operators.kronecker_chain import GeneralKroneckerChain, SymmetricKroneckerChain
+from curvlib.operators.kronecker_congruence import KroneckerCongruence
 from curvlib.operators.kronecker_stack import KroneckerEigenStack, KroneckerStack
 from curvlib.operators.low_rank import LowRank
 
@@ -78,6 +81,20 @@ def _(operator: KroneckerStack, factor: float) -> LinearOperator:
 @absorb_factor.register(KroneckerEigenStack)
 def _(operator: KroneckerEigen | KroneckerEigenStack, factor: float) -> LinearOperator:
     return operator.map(lambda eigenvalues: factor * eigenvalues)
+
+
+@absorb_factor.register
+def _(operator: KroneckerCongruence, factor: float) -> LinearOperator:
+    return KroneckerCongruence(operator.terms, factor * operator.values)
+
+
+@absorb_factor.register(SymmetricKroneckerChain)
+@absorb_factor.register(GeneralKroneckerChain)
+def _(operator: SymmetricKroneckerChain | GeneralKroneckerChain, factor: float) -> LinearOperator | None:
+    if factor < 0.0:
+        return None  # no chain has negative second moments
+    (G0, A0), (G1, A1) = operator.lag0, operator.lag1
+    return replace(operator, lag0=(factor * G0, A0), lag1=(factor * G1, A1))
 
 
 @absorb_factor.register

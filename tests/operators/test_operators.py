@@ -101,6 +101,10 @@ WITHOUT_DETERMINANT = {
     "sum_of_low_rank_and_identity",
     "block_diagonal",
     "kronecker_of_any",
+    "kronecker_congruence",
+    "kronecker_congruence_of_two_terms",
+    "symmetric_kronecker_chain",
+    "general_kronecker_chain",
     "matrix_free",
     "matrix_free_with_form",
 }
