@@ -145,8 +145,8 @@ class FactoredTikhonov:
     (C + lambda I)^-1, for which use :func:`damped_inverse`, and regularises more: by lambda I and by the cross terms.
 
     Blocks of a :class:`BlockDiagonal` are taken one by one, those of a :class:`KroneckerStack` all at once, each with
-    its own shares; a shift is added to the damping; operators of any other structure get :func:`damped_inverse`. A rule
-    for your own structure is one function:
+    its own shares; in a chain of a recurrent layer the factors are its lag-0 moments; a shift is added to the damping;
+    operators of any other structure get :func:`damped_inverse`. A rule for your own structure is one function:
 
         @FactoredTikhonov.register(MyOperator)
         def _(operator, damping, solver):

@@ -60,6 +60,8 @@ def damped_inverse(operator: LinearOperator, damping: float) -> LinearOperator:
     KroneckerStack        the same, of all blocks at once
     KroneckerEigen        1 / (e + lambda) in the same basis
     KroneckerEigenStack   1 / (e + lambda) in the same basis
+    ...KroneckerChain     without damping by structure; else conjugate gradients, preconditioned with the
+                          chain that FactoredTikhonov damps
     LowRank               Woodbury: again low rank plus diagonal, with the orthogonal complement
     Scaled, Shifted, Sum  rule of what is inside, where the factor, the shift or the diagonals can be moved
     any other             conjugate gradients anew at each product, to a relative residual of about 1e-10 in
@@ -91,9 +93,21 @@ def damped_inverse(operator: LinearOperator, damping: float) -> LinearOperator:
 
 @singledispatch
 def _inverse(operator: LinearOperator, damping: float) -> LinearOperator:
+    return inverse_by_cg(operator, damping)
+
+
+def inverse_by_cg(
+    operator: LinearOperator, damping: float, preconditioner: LinearOperator | None = None
+) -> LinearOperator:
+    """Return the inverse by conjugate gradients to a tight tolerance, which raises SolveError where they fail."""
     # Ten times the eps that the residual can reach, and ten times the D iterations of exact arithmetic.
     tolerance = 1e-10 if operator.dtype == torch.float64 else 1e-5
-    method = CG(max_iterations=10 * operator.size + 100, stop=ResidualTest(relative=tolerance), on_limit=RaiseAtLimit())
+    method = CG(
+        max_iterations=10 * operator.size + 100,
+        stop=ResidualTest(relative=tolerance),
+        preconditioner=preconditioner,
+        on_limit=RaiseAtLimit(),
+    )
     return method(operator, damping)
 
 

@@ -13,6 +13,7 @@ from curvlib.operators import (
     CholeskyInverse,
     Dense,
     Diagonal,
+    GeneralKroneckerChain,
     Identity,
     Kronecker,
     KroneckerEigen,
@@ -24,6 +25,7 @@ from curvlib.operators import (
     Scaled,
     Shifted,
     Sum,
+    SymmetricKroneckerChain,
 )
 from curvlib.solvers.cg import CGInverse
 from curvlib.solvers.errors import SolveError
@@ -40,6 +42,10 @@ BY_CG = {
     "scaled_matrix_free",
     "sum_of_kronecker_and_diagonal",
     "block_diagonal",
+    "kronecker_congruence",
+    "kronecker_congruence_of_two_terms",
+    "symmetric_kronecker_chain",
+    "general_kronecker_chain",
     "matrix_free",
     "matrix_free_with_form",
 }
@@ -305,6 +311,8 @@ def test_cg_that_does_not_converge_raises():
         KroneckerEigenStack((None,), torch.tensor([[0.0], [1.0]])),
         LowRank(torch.ones(3, 1), torch.ones(1), torch.zeros(3)),
         LowRank(torch.ones(2, 3), torch.ones(3), torch.zeros(2)),
+        GeneralKroneckerChain((torch.ones(2, 2), torch.eye(2)), (torch.zeros(2, 2), torch.eye(2))),
+        SymmetricKroneckerChain((torch.eye(2), torch.ones(2, 2)), (torch.eye(2), torch.zeros(2, 2)), torch.ones(1)),
         Scaled(0.0, Identity(2)),
         Shifted(Identity(2), -1.0),
         Identity(2) - Identity(2),
@@ -354,6 +362,8 @@ def test_the_message_names_the_eigenvalue_and_the_damping_that_works():
         lambda v: KroneckerEigen((None,), v),
         lambda v: KroneckerStack((torch.eye(2).expand(2, 2, 2), v.reshape(2, 1, 1))),
         lambda v: KroneckerEigenStack((None,), v.unsqueeze(1)),
+        lambda v: GeneralKroneckerChain((torch.diag(v), torch.eye(2)), (torch.eye(2), torch.eye(2))),
+        lambda v: SymmetricKroneckerChain((torch.eye(2), torch.eye(2)), (torch.eye(2), torch.diag(v)), torch.ones(1)),
         lambda v: LowRank(v.unsqueeze(1), torch.ones(1), torch.ones(2)),
         lambda v: LowRank(torch.ones(2, 1), torch.ones(1), v),
         lambda v: BlockDiagonal((Diagonal(v),), (torch.tensor([0, 1]),), 2),
