@@ -7,7 +7,7 @@ operator; a solver turns the operator and a damping into a step; a step control 
 from curvlib import approximations, extensions, operators, optimizers, output_losses, solvers
 from curvlib.extensions import UnsupportedLayerError
 from curvlib.matrices import GGN, CurvatureMatrix, EmpiricalFisher, Fisher, Hessian
-from curvlib.objective import Evaluation, FusedAttentionWarning, LinearizationError, Objective, StaleEvaluationError
+from curvlib.objective import Evaluation, FusedKernelWarning, LinearizationError, Objective, StaleEvaluationError
 from curvlib.output_losses import AutogradLoss, OutputLoss
 from curvlib.parameters import ParameterLayout
 
@@ -20,7 +20,7 @@ __all__ = [
     "EmpiricalFisher",
     "Evaluation",
     "Fisher",
-    "FusedAttentionWarning",
+    "FusedKernelWarning",
     "Hessian",
     "LinearizationError",
     "Objective",

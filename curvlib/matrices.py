@@ -41,10 +41,12 @@ class CurvatureMatrix(ABC):
     Attributes:
         has_vectors: whether :meth:`vectors` is defined, so that layerwise approximations can be made.
         draws: whether it depends on random draws.
+        dense_vectors: whether every vector is, in general, not zero at all outputs whose targets count.
     """
 
     has_vectors: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+    dense_vectors: ClassVar[bool] = False
 
     @abstractmethod
     def vectors(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Iterator[OutputVector]:
@@ -105,6 +107,7 @@ class Fisher(CurvatureMatrix):
 
     samples: int = 1
     draws: ClassVar[bool] = True
+    dense_vectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
@@ -132,6 +135,8 @@ class EmpiricalFisher(CurvatureMatrix):
     weight w in the loss counts w^2 here and w in the GGN: multiplying a loss by a constant *inside* changes the scale
     of the one relative to the other.
     """
+
+    dense_vectors: ClassVar[bool] = True
 
     def vectors(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Iterator[OutputVector]:
         """Yield one vector: sqrt(c) dl_n/dz_n for every example n."""

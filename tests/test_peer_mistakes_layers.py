@@ -181,3 +181,40 @@ def test_frozen_parameters_leave_the_curvature_of_the_others(frozen):
     for approximation, matrix in zip(approximations, full, strict=True):
         part = approximation.estimate(Objective(model, nn.MSELoss()).at((x, y))).to_dense()
         torch.testing.assert_close(part, matrix[kept.unsqueeze(1), kept], **CLOSE)
+
+
+# Recurrent layers
+
+
+class Sequence(nn.Module):
+    """The outputs of a recurrent layer, or h_n, from a given initial state or from zeros."""
+
+    def __init__(self, layer, last, start):
+        super().__init__()
+        self.layer, self.last, self.start = layer, last, start
+
+    def forward(self, x):
+        state = None
+        if self.start:
+            start = x[:, 0, :2].unsqueeze(0).contiguous()
+            state = (start, start.cos()) if isinstance(self.layer, nn.LSTM) else start
+        out, final = self.layer(x, state)
+        final = final[0] if isinstance(final, tuple) else final
+        return final.transpose(0, 1).flatten(1) if self.last else out.flatten(1)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["outputs", "h_n"])
+@pytest.mark.parametrize("start", [False, True], ids=["zeros", "given state"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU], ids=lambda kind: kind.__name__)
+def test_initial_states_and_losses_on_the_last_state(kind, start, last):
+    """BackPACK's per-example gradients leave given initial states out (error 2.2), and fail for losses on h_n."""
+    torch.manual_seed(0)
+    model = Sequence(kind(3, 2, batch_first=True), last, start).double()
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    targets = torch.randn_like(model(x)).detach()
+    network = Network(model, nn.MSELoss(), x, targets)
+    evaluation, dense = Objective(model, network.loss).at((x, targets)), network.ggn()
+    blocks = BlockDiagonal(GGN()).estimate(evaluation).to_dense()
+    for layer in evaluation.layers:
+        rows, columns = layer.coordinates.unsqueeze(1), layer.coordinates
+        torch.testing.assert_close(blocks[rows, columns], dense[rows, columns], **CLOSE)

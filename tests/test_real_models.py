@@ -62,7 +62,7 @@ for_every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.n
 
 
 @pytest.fixture(autouse=True)
-def _differentiable_attention():
+def _differentiable_kernels():
     """PyTorch's fused attention has no second derivative, which exact products need."""
     with sdpa_kernel(SDPBackend.MATH):
         yield

@@ -12,7 +12,7 @@ from curvlib import (
     GGN,
     EmpiricalFisher,
     Fisher,
-    FusedAttentionWarning,
+    FusedKernelWarning,
     Hessian,
     LinearizationError,
     Objective,
@@ -160,7 +160,7 @@ def test_fused_attention_gives_way_to_the_differentiable_kernel_and_says_so_once
     objective = Objective(network.model, network.loss)
     evaluation = objective.at(batch)
     factors = KFAC(GGN()).estimate(evaluation).to_dense()
-    with pytest.warns(FusedAttentionWarning, match=r"SDPBackend\.MATH"):
+    with pytest.warns(FusedKernelWarning, match=r"SDPBackend\.MATH"):
         C = Exact(matrix).estimate(evaluation).to_dense()
     torch.testing.assert_close(C, dense, **CLOSE)
     torch.testing.assert_close(evaluation.gradient(), network.gradient(), **CLOSE)

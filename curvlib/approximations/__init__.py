@@ -15,11 +15,17 @@ from curvlib.approximations.identity import Identity
 from curvlib.approximations.joint import joined
 from curvlib.approximations.kfac import KFAC
 from curvlib.approximations.layerwise import LayerwiseApproximation
+from curvlib.approximations.linear_gaussian import (
+    GeneralTransition,
+    LinearGaussian,
+    SymmetricTransition,
+    Transition,
+)
 from curvlib.approximations.matching import MatchingCrossEntropy, MatchingLoss, SquaredChange
 from curvlib.approximations.moving_average import MovingAverage
 from curvlib.approximations.per_layer import PerLayer
 from curvlib.approximations.structural_damping import StructuralDamping
-from curvlib.approximations.weight_sharing import Expand, Reduce, WeightSharing
+from curvlib.approximations.weight_sharing import Expand, Independent, OneProduct, Reduce, WeightSharing
 
 __all__ = [
     "KFAC",
@@ -32,18 +38,24 @@ __all__ = [
     "Diagonal",
     "Exact",
     "Expand",
+    "GeneralTransition",
     "Identity",
+    "Independent",
     "LayerwiseApproximation",
+    "LinearGaussian",
     "MatchingCrossEntropy",
     "MatchingLoss",
     "MovingAverage",
     "NonFiniteStatisticsError",
+    "OneProduct",
     "PerLayer",
     "Reduce",
     "SquaredChange",
     "StatisticalApproximation",
     "Statistics",
     "StructuralDamping",
+    "SymmetricTransition",
+    "Transition",
     "WeightSharing",
     "joined",
     "layer_key",

@@ -59,6 +59,11 @@ class Assignment:
         used += [matrix for fallback, matrix in self.others.values() if fallback != "exclude" and matrix is not None]
         return tuple(dict.fromkeys(used))
 
+    def counts_positions(self, matrix: CurvatureMatrix) -> bool:
+        """Return whether an approximation of this matrix averages over positions."""
+        chosen = (approximation for approximation in self.layers.values() if approximation is not None)
+        return any(approximation.counts_positions and approximation.matrix == matrix for approximation in chosen)
+
     def with_fallback(self, fallback: Fallback, matrix: CurvatureMatrix) -> tuple[str, ...]:
         """Return the parameters that get this fallback for this matrix."""
         return tuple(name for name, chosen in self.others.items() if chosen == (fallback, matrix))
@@ -145,8 +150,11 @@ def _statistics(evaluation: Evaluation, assignment: Assignment, generator: torch
     sums: dict[str, Tensor] = {}
     for matrix in assignment.matrices():
         diagonal, dense = (assignment.with_fallback(fallback, matrix) for fallback in ("diagonal", "dense"))
+        # one vector of several may see a part of the positions alone
+        needed = not matrix.dense_vectors and assignment.counts_positions(matrix)
+        reached = evaluation.reached_positions() if needed else None
         for vector in matrix.vectors(evaluation, generator):
-            for factors in evaluation.layer_factors(vector):
+            for factors in evaluation.layer_factors(vector, reached):
                 approximation = assignment.layers[factors.layer.name]
                 if approximation is not None and approximation.matrix == matrix:
                     approximation.accumulate(factors, means, sums)

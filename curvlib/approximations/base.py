@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from curvlib.extensions import LayerPlan
@@ -54,6 +55,8 @@ class Description:
 class Statistics:
     """Tensors that add up over batches, each kind with its own weights.
 
+    A vector over the lags of time series may be longer in one batch than in another: behind its end it is zero.
+
     Attributes:
         means: averages over examples (K-FAC's A): batches count by their number of examples.
         sums: quantities on the objective's scale (K-FAC's G, a diagonal): batches count by their part of the objective.
@@ -74,8 +77,8 @@ class Statistics:
             wrong = sorted((self.means.keys() ^ other.means.keys()) | (self.sums.keys() ^ other.sums.keys()))
             raise ValueError(f"statistics of different layers cannot be added; only one side has {', '.join(wrong)}.")
         return Statistics(
-            {key: value + other.means[key] for key, value in self.means.items()},
-            {key: value + other.sums[key] for key, value in self.sums.items()},
+            {key: _plus(value, other.means[key]) for key, value in self.means.items()},
+            {key: _plus(value, other.sums[key]) for key, value in self.sums.items()},
         )
 
     def is_finite(self) -> bool:
@@ -120,8 +123,8 @@ class Approximation(ABC):
         """Return the operator of the loss on all batches together, at the current parameters.
 
         With reduction "mean" batches count by what the loss divides by, with "sum" they add up; so the result is that
-        of one large batch. Averages over examples, such as K-FAC's A, take the examples of which a target counts, and
-        count batches by the number of these, also where the number of positions differs.
+        of one large batch. Averages over examples take the examples of which a target counts, and count batches by the
+        number of these; K-FAC's A is a mean over all positions of all batches.
 
         Args:
             objective: the objective.
@@ -202,6 +205,13 @@ class StatisticalApproximation(Approximation):
             f"the statistics of {type(self).__name__} are not finite {where}: look for NaN or overflow in inputs, "
             "targets and parameters. (MovingAverage leaves such batches out and counts them.)"
         )
+
+
+def _plus(value: Tensor, other: Tensor) -> Tensor:
+    if value.ndim == 1 and len(value) != len(other):
+        short, long = sorted((value, other), key=len)
+        return long + functional.pad(short, (0, len(long) - len(short)))
+    return value + other
 
 
 def with_l2(operator: LinearOperator, objective: Objective) -> LinearOperator:

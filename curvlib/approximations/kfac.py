@@ -8,27 +8,16 @@ is A (x) G; on the rows of (W b) one after another, PyTorch's order, it is the o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import singledispatch
+from typing import ClassVar
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.approximations.assignment import add_to, layer_key
 from curvlib.approximations.base import Statistics
 from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.weight_sharing import Expand, WeightSharing
-from curvlib.extensions import (
-    AffineMap,
-    DenseFactors,
-    InputMoments,
-    Layer,
-    LayerFactors,
-    LookupFactors,
-    MapFactors,
-    grouped_gram,
-)
-from curvlib.operators import BlockDiagonal, Diagonal, Kronecker, KroneckerStack, LinearOperator, Sum
+from curvlib.extensions import AffineMap, Layer, LayerFactors, MapFactors
+from curvlib.operators import BlockDiagonal, Diagonal, LinearOperator, Sum
 
 
 @dataclass(frozen=True)
@@ -44,45 +33,50 @@ class KFAC(LayerwiseApproximation):
     a normalisation layer get their exact diagonal. Modules that use one weight in two ways, such as an embedding and
     the output layer tied to it, get the sum of two Kronecker products, without the terms between the two uses.
 
-    A is a mean over the examples of which a target counts, and over all of their positions, also those whose targets
-    are ignored: padded positions make A, and with it the block, smaller or larger than without them, while G and the
-    exact matrix do not change.
+    Each weight of a recurrent layer is a layer with its time steps as positions; ``LinearGaussian`` keeps their
+    correlations (Martens, Ba & Johnson 2018). Statistics are those of the examples of which a target counts, and of
+    their positions up to the last one that the outputs depend on: padded sequences give the same block as truncated
+    ones.
 
     Source: Martens & Grosse 2015, eq. 1 and sec. 3. Departure: G carries the objective's scale (the paper's objective
     is always a mean), so that the block is the curvature of the user's own loss.
 
     Args:
         matrix: ``Fisher()`` as in the paper, ``GGN()`` or ``EmpiricalFisher()``.
-        weight_sharing: ``Expand()`` or ``Reduce()``, for layers used at several positions.
+        weight_sharing: ``Expand()``, ``Reduce()``, or ``Independent()`` and ``LinearGaussian()`` for recurrent layers: how
+            the positions of layers that are used at several ones enter.
         on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" or "exclude".
     """
 
+    counts_positions: ClassVar[bool] = True
     weight_sharing: WeightSharing = field(default_factory=Expand, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.weight_sharing, WeightSharing):
-            raise TypeError(f"KFAC needs weight_sharing to be Expand() or Reduce(), got {self.weight_sharing!r}.")
+            raise TypeError(
+                "KFAC needs weight_sharing to be Expand(), Reduce(), Independent(), LinearGaussian() or another "
+                f"WeightSharing, got {self.weight_sharing!r}."
+            )
 
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-        """Add g g^T; the inputs are the same for every vector and counted once."""
+        """Add the output gradients' statistics; the inputs are the same for every vector and counted once."""
         if _is_elementwise(factors.layer):
             add_to(sums, layer_key(factors.layer, "diagonal"), factors.squared_gradients())
             return
         for part in factors.maps:
-            input_key, output_key = _key(part.map, "A"), _key(part.map, "G")
-            if input_key not in means:
-                means[input_key] = self._mean_of_inputs(factors, part)
-            moment = grouped_gram(self.weight_sharing.output_gradients(part.g))
-            add_to(sums, output_key, moment.squeeze(0) if part.map.groups == 1 else moment)
+            if not _of_map(part.map, means):
+                means.update(_keyed(part.map, self._input_statistics(factors, part)))
+            for key, value in _keyed(part.map, self.weight_sharing.output_statistics(part)).items():
+                add_to(sums, key, value)
 
-    def _mean_of_inputs(self, factors: LayerFactors, part: MapFactors) -> Tensor:
-        """Return A over the examples with a target that counts."""
+    def _input_statistics(self, factors: LayerFactors, part: MapFactors) -> dict[str, Tensor]:
+        """Return the inputs' statistics over the examples with a target that counts."""
         if factors.counted is None:
-            return _input_factor(part, self.weight_sharing)
+            return self.weight_sharing.input_statistics(part)
         if not len(factors.counted):
-            return self.zeros(factors.layer, part.g).means[_key(part.map, "A")]
-        return _input_factor(part.take(factors.counted), self.weight_sharing)
+            return self.weight_sharing.zeros(part.map, part.g)[0]
+        return self.weight_sharing.input_statistics(part.take(factors.counted))
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return zero factors."""
@@ -90,22 +84,19 @@ class KFAC(LayerwiseApproximation):
             return Statistics(sums={layer_key(layer, "diagonal"): like.new_zeros(layer.size)})
         means, sums = {}, {}
         for part in layer.maps:
-            stack = (part.groups,) if part.groups > 1 else ()
-            inputs = (part.columns,) if part.sparse else (part.columns, part.columns)
-            means[_key(part, "A")] = like.new_zeros(*stack, *inputs)
-            sums[_key(part, "G")] = like.new_zeros(*stack, part.d_out, part.d_out)
+            of_inputs, of_outputs = self.weight_sharing.zeros(part, like)
+            means.update(_keyed(part, of_inputs))
+            sums.update(_keyed(part, of_outputs))
         return Statistics(means=means, sums=sums)
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
-        """Return the Kronecker product of the two factors."""
+        """Return the block that the strategy makes of the factors."""
         if _is_elementwise(layer):
             return Diagonal(statistics.sums[layer_key(layer, "diagonal")])
         parts = []
         for part in layer.maps:
-            G, A = statistics.sums[_key(part, "G")], statistics.means[_key(part, "A")]
-            product: LinearOperator = (
-                KroneckerStack((G, A)) if part.groups > 1 else Kronecker((G, Diagonal(A) if part.sparse else A))
-            )
+            own = _of_map(part, statistics.means), _of_map(part, statistics.sums)
+            product = self.weight_sharing.block(part, *own)
             parts.append(product if part.order is None else BlockDiagonal((product,), (part.order,), layer.size))
         return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
@@ -113,51 +104,18 @@ class KFAC(LayerwiseApproximation):
         """Name the sizes of the factors."""
         if _is_elementwise(layer):
             return "exact diagonal"
-        return " + ".join(map(_description, layer.maps))
-
-
-@singledispatch
-def _input_factor(factors: MapFactors, sharing: WeightSharing) -> Tensor:
-    """Return A of one affine map."""
-    raise TypeError(f"K-FAC has no input factor for {type(factors).__name__}.")
-
-
-@_input_factor.register
-def _(factors: DenseFactors, sharing: WeightSharing) -> Float[Tensor, "*groups columns columns"]:
-    if not factors.map.weight:
-        groups = (factors.map.groups,) if factors.map.groups > 1 else ()
-        return factors.g.new_ones(*groups, 1, 1)
-    A = _bordered(sharing.moments(factors)) if factors.map.bias else _mean(sharing.moments(factors))
-    return A.squeeze(0) if factors.map.groups == 1 else A
-
-
-@_input_factor.register
-def _(factors: LookupFactors, sharing: WeightSharing) -> Float[Tensor, " columns"]:
-    rows = sharing.lookups(factors)
-    return rows.squared_inputs() / max(rows.examples * rows.positions, 1)
-
-
-def _mean(moments: InputMoments) -> Float[Tensor, "groups d_in d_in"]:
-    # in place: the sums are nobody else's, and as large as A; no position at all makes zero
-    return moments.outer.div_(max(moments.count, 1))
-
-
-def _bordered(moments: InputMoments) -> Float[Tensor, "groups columns columns"]:
-    """Return A with the border of the homogeneous coordinate from the rows' sum (no copy of the inputs with ones)."""
-    mean = (moments.total / max(moments.count, 1)).unsqueeze(1)
-    ones = mean.new_full((mean.shape[0], 1, 1), float(moments.count > 0))
-    return torch.cat([torch.cat([_mean(moments), mean.mT], 2), torch.cat([mean, ones], 2)], 1)
+        return " + ".join(map(self.weight_sharing.description, layer.maps))
 
 
 def _is_elementwise(layer: Layer) -> bool:
     return all(part.elementwise for part in layer.maps)
 
 
-def _key(part: AffineMap, statistic: str) -> str:
-    return f"{part.name}|{statistic}"
+def _keyed(part: AffineMap, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part.name}|{name}": value for name, value in statistics.items()}
 
 
-def _description(part: AffineMap) -> str:
-    A = f"diagonal of {part.columns}" if part.sparse else f"{part.columns} x {part.columns}"
-    groups = f"{part.groups} times " if part.groups > 1 else ""
-    return f"Kronecker: {groups}A {A}, G {part.d_out} x {part.d_out}"
+def _of_map(part: AffineMap, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the statistics of one map by their own names."""
+    start = f"{part.name}|"
+    return {key.removeprefix(start): value for key, value in statistics.items() if key.startswith(start)}

@@ -36,6 +36,8 @@ class LayerwiseApproximation(AssignedApproximation):
     on_unsupported: Fallback = field(default="raise", kw_only=True)
     # What a parameter outside every layer gets that PerLayer gives to this approximation by name.
     own_fallback: ClassVar[Fallback | None] = None
+    # Whether statistics average over positions, so that padded ones have to be known.
+    counts_positions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_matrix(self, self.matrix)

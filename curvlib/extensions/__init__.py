@@ -15,6 +15,7 @@ from curvlib.extensions.normalization import (
     RMSNormRule,
     ScaleAndShiftRule,
 )
+from curvlib.extensions.recurrent import RecurrentCellRule, RecurrentRule
 from curvlib.extensions.rule import LayerRule, Part, PositionFactors, find_rule, register
 from curvlib.extensions.uses import (
     AffineUse,
@@ -25,7 +26,9 @@ from curvlib.extensions.uses import (
     Use,
     gram,
     grouped_gram,
+    lag_product,
     moments_of_rows,
+    rows_of,
 )
 
 __all__ = [
@@ -54,6 +57,8 @@ __all__ = [
     "PositionFactors",
     "PositionUse",
     "RMSNormRule",
+    "RecurrentCellRule",
+    "RecurrentRule",
     "ScaleAndShiftRule",
     "Tape",
     "TransposedConvolutionRule",
@@ -62,7 +67,9 @@ __all__ = [
     "find_rule",
     "gram",
     "grouped_gram",
+    "lag_product",
     "moments_of_rows",
     "plan_layers",
     "register",
+    "rows_of",
 ]

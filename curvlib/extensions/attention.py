@@ -7,7 +7,7 @@ autograd for the gradients at the projections.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,8 @@ class MultiheadAttentionRule(LayerRule):
 
     Dropout inside the attention in training mode is refused, as its random numbers are not seen from outside.
     """
+
+    ordered: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__(("in_proj_weight", "q_proj_weight"))
@@ -66,17 +68,17 @@ class MultiheadAttentionRule(LayerRule):
             )
         return ""
 
-    def call_output(self, output: Any) -> Tensor:
+    def call_outputs(self, output: Any) -> tuple[Tensor, ...]:
         """Return the attention's output, not its weights."""
-        return output[0]
+        return (output[0],)
 
-    def examples(self, module: Any, output: Tensor) -> int:
+    def examples(self, module: Any, outputs: tuple[Tensor, ...]) -> int:
         """Return N, which may stand behind the positions; 0 for a single example without its dimension."""
-        if output.ndim != 3:
+        if outputs[0].ndim != 3:
             return 0
-        return output.shape[0 if module.batch_first else 1]
+        return outputs[0].shape[0 if module.batch_first else 1]
 
-    def uses(self, module: Any, x: Any, g: Tensor) -> tuple[Use, ...]:
+    def uses(self, module: Any, x: Any, g: Any) -> tuple[Use, ...]:
         """Return the uses of the four projections."""
         *streams, padding_mask, mask = x
         # Not in the precision of autocast, whose weights and inputs have different types.

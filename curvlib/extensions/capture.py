@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvlib.extensions.factors import LayerFactors, map_factors
-from curvlib.extensions.layers import LayerPlan, PlannedModule, UnsupportedLayerError
+from curvlib.extensions.layers import Layer, LayerPlan, PlannedModule, UnsupportedLayerError
 from curvlib.extensions.rule import PositionFactors
 from curvlib.extensions.uses import Use, tensors_in
 from curvlib.parameters import trainable_parameters
@@ -29,30 +29,48 @@ _MANY_BYTES = 2**28
 
 
 @dataclass(frozen=True, eq=False)
+class Output:
+    """One tensor of a call's result.
+
+    Attributes:
+        edge: where it stands in the autograd graph, or the tensor that it is a view of; None where it has no graph.
+        view: its size, stride and offset in that tensor; None where the edge is its own.
+    """
+
+    edge: GradientEdge | None
+    view: tuple[torch.Size, tuple[int, ...], int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of a module during the forward pass.
 
     Attributes:
         planned: the module and its rule.
-        input: what the rule has kept of its arguments.
+        input: what the rule has kept of the call.
         versions: the versions of the tensors in it then; a later one means that one was modified in place.
         input_edges: where the call's tensors came from, without those that do not depend on a parameter.
-        edge: the output of the call in the autograd graph, or the tensor that it is a view of.
-        examples: how many the output has.
-        bytes: what the gradient of the output takes.
+        outputs: the tensors of the result whose gradients the rule takes.
+        examples: how many they have.
+        bytes: what their gradients take.
+        dimensions: of the one with most.
         refusal: why the rule cannot treat the call, or "".
-        view: size, stride and offset of the output in that tensor; None where the edge is the output's own.
     """
 
     planned: PlannedModule
     input: Any
     versions: tuple[int, ...]
     input_edges: tuple[GradientEdge, ...]
-    edge: GradientEdge
-    view: tuple[torch.Size, tuple[int, ...], int] | None
+    outputs: tuple[Output, ...]
     examples: int
     bytes: int
+    dimensions: int
     refusal: str
+
+    @property
+    def edges(self) -> tuple[GradientEdge, ...]:
+        """Those of the outputs that have a graph."""
+        return tuple(output.edge for output in self.outputs if output.edge is not None)
 
 
 class Tape:
@@ -74,10 +92,11 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note every call of the plan's modules inside the block."""
-        handles = [
-            planned.module.register_forward_hook(self._hook(planned), with_kwargs=True, prepend=True)
-            for planned in self.plan.modules
-        ]
+        handles = []
+        for planned in self.plan.modules:
+            begin, note = self._hooks(planned)
+            handles.append(planned.module.register_forward_pre_hook(begin))
+            handles.append(planned.module.register_forward_hook(note, with_kwargs=True, prepend=True))
         try:
             yield
         finally:
@@ -97,7 +116,7 @@ class Tape:
             for key in used
             if key in names and names[key] not in self.plan.unsupported
         }
-        met_calls = [call for call in self._calls if call.edge.node in met]
+        met_calls = [call for call in self._calls if any(edge.node in met for edge in call.edges)]
         self.without_examples = _called_without_examples(met_calls, outputs.shape[0])
         escaped = {**_refused(met_calls), **self.without_examples, **escaped}
         plan = self.plan.without(escaped) if escaped else self.plan
@@ -105,6 +124,18 @@ class Tape:
         self._calls = [call for call in self._calls if not kept.isdisjoint(_layers_of(call.planned))]
         counts = Counter(key for call in self._calls for key in _layers_of(call.planned))
         self.plan = replace(plan, calls={layer.name: counts[id(layer)] for layer in plan.layers})
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a layer whose positions are ordered was used at more than one."""
+        return any(
+            call.planned.rule.ordered
+            and (call.dimensions > 2 or any(self.plan.calls[target[0].name] > 1 for target in self._targets(call)))
+            for call in self._calls
+        )
+
+    def _targets(self, call: Call) -> list[tuple[Layer, int]]:
+        return [target for target in call.planned.targets if target is not None and target[0].name in self.plan.calls]
 
     def factors(self, outputs: Tensor, vector: Tensor) -> Iterator[LayerFactors]:
         """Yield (a, g) of every layer for one output-space vector, by one backward pass down to the layers' outputs.
@@ -118,7 +149,7 @@ class Tape:
             UnsupportedLayerError: a call does not have the outputs' number of examples.
         """
         for calls in self._passes():
-            edges = [call.edge for call in calls]
+            edges = [edge for call in calls for edge in call.edges]
             gradients = torch.autograd.grad(
                 outputs, edges, vector.to(outputs.dtype), retain_graph=True, allow_unused=True
             )
@@ -158,35 +189,48 @@ class Tape:
     ) -> dict[int, dict[int, list[Use]]]:
         """Return by layer and map what the calls' rules make of the gradients at their outputs."""
         uses: dict[int, dict[int, list[Use]]] = {id(layer): defaultdict(list) for layer in self.plan.layers}
-        for call, gradient in zip(calls, gradients, strict=True):
-            if gradient is None:
+        remaining = iter(gradients)
+        for call in calls:
+            found = [None if output.edge is None else next(remaining) for output in call.outputs]
+            if all(gradient is None for gradient in found):
                 continue  # a branch that the outputs do not depend on
             _check_versions(call)
-            if call.view is not None:
-                size, stride, offset = call.view
-                gradient = gradient.contiguous()
-                gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
-            made = self._extension.collect(call.planned.module, call.input, gradient)
+            own = tuple(_as_viewed(gradient, output) for gradient, output in zip(found, call.outputs, strict=True))
+            made = self._extension.collect(call.planned.module, call.input, own if len(own) > 1 else own[0])
             for target, use in zip(call.planned.targets, made, strict=True):
                 if target is not None and id(target[0]) in uses:
                     _check_examples(call.planned.name, use, examples)
                     uses[id(target[0])][target[1]].append(use)
         return uses
 
-    def _hook(self, planned: PlannedModule) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            result = planned.rule.call_output(output)
-            if not result.requires_grad:
-                return
-            x = planned.rule.call_input(module, args, kwargs)
-            versions = tuple(tensor._version for tensor in tensors_in(x))
-            given = tensors_in((args, tuple(kwargs.values())))
-            edges = tuple(get_gradient_edge(tensor) for tensor in given if tensor.requires_grad)
-            examples, refusal = planned.rule.examples(module, result), planned.rule.call_refusal(module)
-            size = result.numel() * result.element_size()
-            self._calls.append(Call(planned, x, versions, edges, *_output_edge(result), examples, size, refusal))
+    def _hooks(self, planned: PlannedModule) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Return what is called before and after the module."""
+        rule, begun = planned.rule, []
 
-        return note
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+            begun[:] = [rule.call_begins(module)]
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            results = rule.call_outputs(output)
+            if not any(result.requires_grad for result in results):
+                return
+            x = rule.call_record(module, args, kwargs, output, begun.pop())
+            given = tensors_in((args, tuple(kwargs.values())))
+            self._calls.append(
+                Call(
+                    planned,
+                    x,
+                    versions=tuple(tensor._version for tensor in tensors_in(x)),
+                    input_edges=tuple(get_gradient_edge(tensor) for tensor in given if tensor.requires_grad),
+                    outputs=tuple(map(_output, results)),
+                    examples=rule.examples(module, results),
+                    bytes=sum(result.numel() * result.element_size() for result in results),
+                    dimensions=max(result.ndim for result in results),
+                    refusal=rule.call_refusal(module),
+                )
+            )
+
+        return begin, note
 
 
 def _refused(calls: list[Call]) -> dict[str, str]:
@@ -213,17 +257,28 @@ def _called_without_examples(calls: list[Call], examples: int) -> dict[str, str]
     }
 
 
-def _output_edge(output: Tensor) -> tuple[GradientEdge, tuple[torch.Size, tuple[int, ...], int] | None]:
-    """Return where a call's output stands in the graph.
+def _output(output: Tensor) -> Output:
+    """Return where a tensor of a call's result stands in the graph.
 
     An in-place operation on a view (``Linear`` with a bias returns one for inputs with several dimensions) gives the
     view another node and leaves that of its base: where the view is all of its base, the base's edge is kept.
     """
+    if not output.requires_grad:
+        return Output(None)
     base = output._base
     if base is None or base.numel() != output.numel() or not base.is_contiguous() or base.grad_fn is None:
-        return get_gradient_edge(output), None
+        return Output(get_gradient_edge(output))
     view = output.size(), output.stride(), int(output.storage_offset()) - int(base.storage_offset())
-    return get_gradient_edge(base), view
+    return Output(get_gradient_edge(base), view)
+
+
+def _as_viewed(gradient: Tensor | None, output: Output) -> Tensor | None:
+    """Return the gradient of a tensor from that of the one that it is a view of."""
+    if gradient is None or output.view is None:
+        return gradient
+    size, stride, offset = output.view
+    gradient = gradient.contiguous()
+    return gradient.as_strided(size, stride, gradient.storage_offset() + offset)
 
 
 def _layers_of(planned: PlannedModule) -> set[int]:
@@ -252,7 +307,7 @@ def _parameters_outside_calls(outputs: Tensor, calls: list[Call]) -> tuple[set[i
 
     And the nodes that were met on the way.
     """
-    shortcut = {call.edge.node: call.input_edges for call in calls}
+    shortcut = {edge.node: call.input_edges for call in calls for edge in call.edges}
     stack: list[Node | None] = [outputs.grad_fn]
     seen: set[Node] = set()
     leaves: set[int] = set()

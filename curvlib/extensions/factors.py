@@ -8,18 +8,28 @@ columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce, singledispatch
+from functools import cached_property, reduce, singledispatch
 from operator import add
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Self
 
 from curvlib.extensions.layers import AffineMap, Layer
-from curvlib.extensions.uses import DenseUse, Examples, InputMoments, LookupUse, Use, chunks_of
+from curvlib.extensions.uses import (
+    DenseUse,
+    Examples,
+    InputMoments,
+    LookupUse,
+    Use,
+    chunks_of,
+    lag_product,
+    moments_of_rows,
+    rows_of,
+)
 
 
 class MapFactors(ABC):
@@ -50,9 +60,27 @@ class MapFactors(ABC):
         joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=1)
         return joined.unflatten(-1, (self.map.groups, self.map.d_out))
 
+    @property
+    def mean_positions(self) -> Float[Tensor, ""]:
+        """How many positions an example has, on average."""
+        first = self.uses[0].g
+        return first.new_full((), float(sum(use.g.shape[1] for use in self.uses)))
+
     @abstractmethod
     def take(self, examples: Examples) -> Self:
         """Return the factors of some examples alone; inputs are made for these."""
+
+    def limited(self, reached: Bool[Tensor, "N T"] | None) -> Self:
+        """Return the factors with the positions that any output depends on; for ordered maps alone."""
+        return self
+
+    def reach(self) -> Bool[Tensor, "N T"] | None:
+        """Return the positions that this vector reaches; None for maps whose positions are not ordered."""
+        return None
+
+    def output_moment(self) -> Float[Tensor, "groups d_out d_out"]:
+        """Return sum_{n,t} g_t g_t^T."""
+        return reduce(add, (use.output_moment(self.map.groups) for use in self.uses))
 
     def chunks(self, numbers: int = 0) -> Iterator[Self]:
         """Yield the factors of at least one example, and of as many as hold 64 MiB in float32.
@@ -74,14 +102,76 @@ class MapFactors(ABC):
 
 @dataclass(frozen=True, eq=False)
 class DenseFactors(MapFactors):
-    """Factors whose inputs are vectors."""
+    """Factors whose inputs are vectors.
+
+    Attributes:
+        reached: (N, T) the positions of an ordered map that the outputs depend on, all those before the last one
+            included; None takes those that this vector reaches.
+    """
 
     map: AffineMap
     uses: tuple[DenseUse, ...]
+    reached: Bool[Tensor, "N T"] | None = None
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "N T"] | None:
+        """Which positions are part of their sequence; None where all are. Waits for the device, for ordered maps.
+
+        Left out are those that a sequence does not have, and those behind the last one that the outputs depend on:
+        padding, whose inputs the curvature matrix does not see.
+        """
+        given = self._given()
+        reached = self.reached if self.reached is not None else self._reached_by_this_vector()
+        if reached is None or bool(reached.all()):
+            return given
+        return reached if given is None else reached & given
+
+    def _reached_by_this_vector(self) -> Bool[Tensor, "N T"] | None:
+        # mostly the last position of every example is: the others need not be looked at then
+        return None if bool((self.g[:, -1].flatten(1) != 0).any(1).all()) else self.reach()
+
+    def _given(self) -> Bool[Tensor, "N T"] | None:
+        """Return the positions that the calls say there are."""
+        if all(use.valid is None for use in self.uses):
+            return None
+        parts = [
+            use.valid if use.valid is not None else use.g.new_ones(use.g.shape[:2], dtype=torch.bool)
+            for use in self.uses
+        ]
+        return torch.cat(parts, dim=1)
+
+    def limited(self, reached: Bool[Tensor, "N T"] | None) -> Self:
+        """Return the factors with the positions that any output depends on."""
+        return replace(self, reached=reached)
+
+    def reach(self) -> Bool[Tensor, "N T"] | None:
+        """Return the positions up to the last one with a gradient that is not zero.
+
+        An example without any, behind a head that starts at zero, keeps all of its positions.
+        """
+        if not self.map.ordered or sum(use.g.shape[1] for use in self.uses) == 1:
+            return None
+        there = (self.g.flatten(2) != 0).any(2)
+        later = there.int().flip(1).cummax(1).values.flip(1).bool()
+        return later | ~later[:, :1]
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"] | None:
+        """How many positions each example has; None where all have T."""
+        return None if self.valid is None else self.valid.sum(1)
+
+    @property
+    def mean_positions(self) -> Float[Tensor, ""]:
+        """How many positions an example has, on average."""
+        return super().mean_positions if self.lengths is None else self.lengths.float().mean()
 
     @property
     def inputs(self) -> Float[Tensor, "N T groups d_in"]:
-        """Inputs of all calls, without the homogeneous coordinate."""
+        """Inputs of all calls, without the homogeneous coordinate; zero where there is no position."""
+        inputs = self._inputs()
+        return inputs if self.valid is None else inputs * self.valid.unsqueeze(2).unsqueeze(3)
+
+    def _inputs(self) -> Float[Tensor, "N T groups d_in"]:
         inputs = [use.a for use in self.uses]
         joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
         return joined.unflatten(-1, (self.map.groups, -1))
@@ -89,18 +179,31 @@ class DenseFactors(MapFactors):
     @property
     def a(self) -> Float[Tensor, "N T groups columns"]:
         """Inputs with the columns that belong to trained parameters: the weight's, and a one for the bias."""
+        g = self.g
+        ones = g.new_ones(*g.shape[:3], 1)
+        if self.valid is not None:
+            ones = ones * self.valid.unsqueeze(2).unsqueeze(3)
         if not self.map.weight:
-            return self.g.new_ones(*self.g.shape[:3], 1)
-        inputs = self.inputs
-        return torch.cat([inputs, inputs.new_ones(*inputs.shape[:3], 1)], dim=3) if self.map.bias else inputs
+            return ones
+        return torch.cat([self.inputs, ones], dim=3) if self.map.bias else self.inputs
 
     def take(self, examples: Examples) -> Self:
         """Return the factors of some examples."""
-        return replace(self, uses=tuple(use.take(examples) for use in self.uses))
+        reached = None if self.reached is None else self.reached[examples]
+        return replace(self, uses=tuple(use.take(examples) for use in self.uses), reached=reached)
 
     def moments(self) -> InputMoments:
         """Return the sums of a a^T and of a over examples and positions, without the homogeneous coordinate."""
-        return reduce(add, (use.moments(self.map.groups) for use in self.uses))
+        if self.valid is None:
+            return reduce(add, (use.moments(self.map.groups) for use in self.uses))
+        parts = (moments_of_rows(rows_of(part.inputs)) for part in self.chunks())
+        return replace(reduce(add, parts), count=self.valid.sum())
+
+    def output_lag(self) -> Float[Tensor, "d_out d_out"]:
+        """Return sum_{n,t} g_{t+1} g_t^T of an ordered map of one group."""
+        if len(self.uses) == 1:
+            return self.uses[0].output_lag()
+        return lag_product(self.g.squeeze(2))
 
     def per_example_gradients(self) -> Float[Tensor, "N size"]:
         """Return sum_t g_t a_t^T of every example."""
@@ -127,8 +230,9 @@ class DenseFactors(MapFactors):
         self, of_weight: Callable[[Tensor, Tensor], Tensor], of_bias: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, " *N groups d_out columns"]:
         """Return the columns of the weight and the one of the bias, whose input of ones is never made."""
+        # where there is no position g is zero
         g = self.g
-        parts = [of_weight(g, self.inputs)] if self.map.weight else []
+        parts = [of_weight(g, self._inputs())] if self.map.weight else []
         if self.map.bias:
             parts.append(of_bias(g))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -227,6 +331,15 @@ class LayerFactors:
     layer: Layer
     maps: tuple[MapFactors, ...]
     counted: Int[Tensor, " n"] | None = None
+
+    def limited(self, counted: Int[Tensor, " n"] | None, reached: Mapping[str, Tensor]) -> LayerFactors:
+        """Return the factors with the examples that count and, by map, the positions that any output depends on."""
+        maps = tuple(factors.limited(reached.get(factors.map.name)) for factors in self.maps)
+        return replace(self, counted=counted, maps=maps)
+
+    def reached(self) -> dict[str, Bool[Tensor, "N T"]]:
+        """Return by map the positions that this vector reaches."""
+        return {factors.map.name: found for factors in self.maps if (found := factors.reach()) is not None}
 
     def per_example_gradients(self) -> Iterator[Float[Tensor, "n size"]]:
         """Yield J_n^T v in the layer's own order, for chunks of examples that hold at most 64 MiB (or one)."""

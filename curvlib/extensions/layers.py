@@ -34,6 +34,7 @@ class AffineMap:
         columns: columns of each: d_in (if the weight is trained) plus one (if the bias is).
         elementwise: whether W is a scale of each feature.
         sparse: whether the inputs are lookups.
+        ordered: whether positions follow one another.
         order: where the entries, row by row, stand among the layer's coordinates; None is the same order.
     """
 
@@ -45,6 +46,7 @@ class AffineMap:
     columns: int
     elementwise: bool
     sparse: bool
+    ordered: bool = False
     order: Int[Tensor, " size"] | None = None
 
 
@@ -284,5 +286,6 @@ def _map(member: _Member, matrix: Int[Tensor, "d_out columns"], first: Int[Tenso
         columns=matrix.shape[1],
         elementwise=member.rule.elementwise,
         sparse=member.rule.sparse,
+        ordered=member.rule.ordered,
         order=order,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from curvlib.extensions.rule import LayerRule, register
 
 class LinearRule(LayerRule):
     """``nn.Linear`` on inputs (N, ..., d_in): all dimensions between the first and the last are positions."""
+
+    ordered: ClassVar[bool] = True
 
     def inputs(self, module: nn.Module, x: Float[Tensor, "N *T d_in"]) -> Float[Tensor, "N T d_in"]:
         """Return the inputs with their positions flattened; T = 1 for (N, d_in)."""

@@ -18,7 +18,7 @@ from backpack.extensions.firstorder.base import FirstOrderBackpropExtension, Fir
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from curvlib.extensions.uses import AffineUse, InputMoments, Use, chunks_of, moments_of_rows
+from curvlib.extensions.uses import AffineUse, InputMoments, Use, chunks_of, moments_of_rows, tensors_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,14 @@ class LayerRule(FirstOrderModuleExtension):
 
     Attributes:
         elementwise: whether W is a scale of each feature, so that a diagonal is K-FAC's block.
+        ordered: whether the T positions of an example follow one another, as steps of time do; those behind the last
+            one that the outputs depend on are padding then.
         sparse: whether the uses are lookups, so that K-FAC's A is diagonal.
         computed_by: methods of the module that compute its output; the rule is not that of a subclass with others.
     """
 
     elementwise: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
     computed_by: ClassVar[tuple[str, ...]] = ("forward",)
 
@@ -97,21 +100,32 @@ class LayerRule(FirstOrderModuleExtension):
         """Return why a call in the module's present mode cannot be treated, or ""."""
         return ""
 
-    def call_output(self, output: Any) -> Tensor:
-        """Return the tensor of the call's result whose gradient :meth:`uses` takes."""
-        return output
+    def call_begins(self, module: nn.Module) -> Any:
+        """Return what has to be noted before a call, such as the state of the random numbers."""
+        return None
 
-    def examples(self, module: nn.Module, output: Tensor) -> int:
-        """Return how many examples :meth:`call_output` has."""
-        return output.shape[0] if output.ndim > 0 else 0
+    def call_record(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, begun: Any
+    ) -> Any:
+        """Return what :meth:`uses` needs of a call: the inputs alone, or also its output and :meth:`call_begins`."""
+        return self.call_input(module, args, kwargs)
 
-    def uses(self, module: nn.Module, x: Any, g: Tensor) -> tuple[Use, ...]:
+    def call_outputs(self, output: Any) -> tuple[Tensor, ...]:
+        """Return the tensors of the call's result whose gradients :meth:`uses` takes."""
+        return (output,)
+
+    def examples(self, module: nn.Module, outputs: tuple[Tensor, ...]) -> int:
+        """Return how many examples :meth:`call_outputs` have."""
+        return outputs[0].shape[0] if outputs[0].ndim > 0 else 0
+
+    def uses(self, module: nn.Module, x: Any, g: Any) -> tuple[Use, ...]:
         """Return the use of each of :meth:`parts` in one call.
 
         Args:
             module: the module.
-            x: what :meth:`call_input` kept.
-            g: J^T v at :meth:`call_output`.
+            x: what :meth:`call_record` kept.
+            g: J^T v at :meth:`call_outputs`: a tensor where there is one, else a tuple with None for those that the
+                model's outputs do not depend on.
         """
         return (AffineUse(self, module, x, g),)
 
@@ -158,7 +172,7 @@ class PositionFactors(FirstOrderBackpropExtension):
         if rule is not None:
             rule(self, module, g_inp, g_out)
 
-    def collect(self, module: nn.Module, x: Any, output_gradient: Tensor) -> tuple[Use, ...]:
+    def collect(self, module: nn.Module, x: Any, output_gradient: Any) -> tuple[Use, ...]:
         """Run the rule of one call outside BackPACK's own hooks and return its uses.
 
         The tensors that BackPACK expects on the module are put into its ``__dict__`` for the duration of the call, so
@@ -166,7 +180,7 @@ class PositionFactors(FirstOrderBackpropExtension):
         """
         before: dict[str, Any] = {name: vars(module)[name] for name in ("input0", "output") if name in vars(module)}
         # BackPACK looks at the output's identity only, to find quantities that first-order extensions do not have.
-        vars(module)["input0"], vars(module)["output"] = x, output_gradient
+        vars(module)["input0"], vars(module)["output"] = x, tensors_in(output_gradient)[0]
         try:
             self(module, (None,), (output_gradient,))
         finally:

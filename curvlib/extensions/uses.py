@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -47,9 +47,22 @@ class Use(ABC):
     def numbers(self) -> int:
         """Numbers that the inputs of one example take, when they are made."""
 
+    @property
+    def valid(self) -> Bool[Tensor, "N T"] | None:
+        """Which positions there are in sequences of different lengths; None where all are."""
+        return None
+
     @abstractmethod
     def take(self, examples: Examples) -> Self:
         """Return the use by some examples alone; the inputs are made for these."""
+
+    def output_moment(self, groups: int) -> Float[Tensor, "groups d_out d_out"]:
+        """Return sum_{n,t} g_t g_t^T, which is K-FAC's G."""
+        return grouped_gram(rows_of(self.g).unflatten(-1, (groups, -1)))
+
+    def output_lag(self) -> Float[Tensor, "d_out d_out"]:
+        """Return sum_{n,t} g_{t+1} g_t^T."""
+        return lag_product(self.g)
 
 
 class DenseUse(Use):
@@ -62,7 +75,7 @@ class DenseUse(Use):
 
     def moments(self, groups: int) -> InputMoments:
         """Return the sums over examples and positions that K-FAC's A is made of, without all inputs at once."""
-        return moments_of_rows(self.a.flatten(0, 1).unflatten(-1, (groups, -1)))
+        return moments_of_rows(rows_of(self.a).unflatten(-1, (groups, -1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +126,39 @@ class AffineUse(DenseUse):
 
 
 @dataclass(frozen=True, eq=False)
+class Gradients:
+    """Output gradients that several uses have in common, and their moments, made once.
+
+    Attributes:
+        value: (N, T, d_out).
+    """
+
+    value: Float[Tensor, "N T d_out"]
+
+    @cached_property
+    def moment(self) -> Float[Tensor, "1 d_out d_out"]:
+        """sum_{n,t} g_t g_t^T."""
+        return grouped_gram(rows_of(self.value).unsqueeze(1))
+
+    @cached_property
+    def lag(self) -> Float[Tensor, "d_out d_out"]:
+        """sum_{n,t} g_{t+1} g_t^T."""
+        return lag_product(self.value)
+
+
+@dataclass(frozen=True, eq=False)
 class PositionUse(DenseUse):
     """A use whose factors are at hand, as those of the maps inside of a larger module.
 
     Attributes:
-        inputs: (N, T, d_in).
-        output_gradients: (N, T, d_out).
+        inputs: (N, T, d_in); zero where there is no position.
+        output_gradients: (N, T, d_out), or what holds them for several uses.
+        valid: (N, T) which positions there are; None for all.
     """
 
     inputs: Float[Tensor, "N T d_in"]
-    output_gradients: Float[Tensor, "N T d_out"]
+    output_gradients: Float[Tensor, "N T d_out"] | Gradients
+    valid: Bool[Tensor, "N T"] | None = None  # type: ignore[assignment]
 
     @property
     def a(self) -> Float[Tensor, "N T d_in"]:
@@ -132,12 +168,13 @@ class PositionUse(DenseUse):
     @property
     def g(self) -> Float[Tensor, "N T d_out"]:
         """The output gradients, in float32 at least."""
-        return at_least_float32(self.output_gradients.detach())
+        g = self.output_gradients
+        return at_least_float32((g.value if isinstance(g, Gradients) else g).detach())
 
     @property
     def examples(self) -> int:
         """N."""
-        return self.output_gradients.shape[0]
+        return self.inputs.shape[0]
 
     @property
     def numbers(self) -> int:
@@ -146,7 +183,20 @@ class PositionUse(DenseUse):
 
     def take(self, examples: Examples) -> PositionUse:
         """Return the use by some examples."""
-        return PositionUse(self.inputs[examples], self.output_gradients[examples])
+        if isinstance(examples, slice) and examples == slice(0, self.examples):
+            return self
+        valid = None if self.valid is None else self.valid[examples]
+        return PositionUse(self.inputs[examples], self.g[examples], valid)
+
+    def output_moment(self, groups: int) -> Float[Tensor, "groups d_out d_out"]:
+        """Return sum_{n,t} g_t g_t^T, once for all uses with the same gradients."""
+        g = self.output_gradients
+        return g.moment if isinstance(g, Gradients) and groups == 1 else super().output_moment(groups)
+
+    def output_lag(self) -> Float[Tensor, "d_out d_out"]:
+        """Return sum_{n,t} g_{t+1} g_t^T, once for all uses with the same gradients."""
+        g = self.output_gradients
+        return g.lag if isinstance(g, Gradients) else super().output_lag()
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,12 +240,12 @@ class InputMoments:
     Attributes:
         outer: (groups, d_in, d_in) sum of a a^T.
         total: (groups, d_in) sum of a.
-        count: how many a.
+        count: how many a; a tensor where this is not known without waiting for the device.
     """
 
     outer: Float[Tensor, "groups d_in d_in"]
     total: Float[Tensor, "groups d_in"]
-    count: int
+    count: int | Float[Tensor, ""]
 
     def __add__(self, other: InputMoments) -> InputMoments:
         return InputMoments(self.outer + other.outer, self.total + other.total, self.count + other.count)
@@ -204,6 +254,16 @@ class InputMoments:
 def moments_of_rows(rows: Float[Tensor, "R groups d_in"]) -> InputMoments:
     """Return the sums of given inputs."""
     return InputMoments(grouped_gram(rows), rows.sum(0), rows.shape[0])
+
+
+def rows_of(x: Float[Tensor, "N T d"]) -> Float[Tensor, "N*T d"]:
+    """Return the rows of all examples and positions, in the order in which they lie in memory where that can be."""
+    return (x.transpose(0, 1) if x.stride(0) < x.stride(1) else x).flatten(0, 1)
+
+
+def lag_product(x: Float[Tensor, "N T d"]) -> Float[Tensor, "d d"]:
+    """Return sum_{n,t} x_{t+1} x_t^T."""
+    return rows_of(x[:, 1:]).T @ rows_of(x[:, :-1])
 
 
 def grouped_gram(rows: Float[Tensor, "R groups d"]) -> Float[Tensor, "groups d d"]:

@@ -1,6 +1,6 @@
 """The objective that the user wrote, and one evaluation of it: a forward pass and all that its graph can answer."""
 
-from curvlib.objective.errors import FusedAttentionWarning, LinearizationError, StaleEvaluationError
+from curvlib.objective.errors import FusedKernelWarning, LinearizationError, StaleEvaluationError
 from curvlib.objective.evaluation import Evaluation
 from curvlib.objective.forward import Batch
 from curvlib.objective.objective import Objective
@@ -9,7 +9,7 @@ from curvlib.objective.observed import ObservedPass
 __all__ = [
     "Batch",
     "Evaluation",
-    "FusedAttentionWarning",
+    "FusedKernelWarning",
     "LinearizationError",
     "Objective",
     "ObservedPass",

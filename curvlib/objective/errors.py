@@ -11,9 +11,9 @@ class LinearizationError(RuntimeError):
     """The model's backward pass cannot be differentiated, so that exact products are not available."""
 
 
-class FusedAttentionWarning(UserWarning):
-    """Attention is computed by another kernel than PyTorch would choose, so that exact products exist."""
+class FusedKernelWarning(UserWarning):
+    """Attention or a recurrent layer is computed by another kernel than PyTorch would choose, for exact products."""
 
 
-class FusedAttentionError(LinearizationError):
-    """A fused attention kernel stands in the way of exact products."""
+class FusedKernelError(LinearizationError):
+    """A fused kernel stands in the way of exact products."""

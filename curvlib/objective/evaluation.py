@@ -6,20 +6,19 @@ Symbols: D parameters, N examples, z (N, ...) the model's outputs, L(z, y) the l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape, UnsupportedLayerError
 from curvlib.objective.errors import (
-    FusedAttentionError,
-    FusedAttentionWarning,
+    FusedKernelError,
+    FusedKernelWarning,
     LinearizationError,
     StaleEvaluationError,
 )
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
 
 # Work in gradients: a forward pass, a backward pass with weight gradients, and one down to the layers' outputs alone.
 _FORWARD, _BACKWARD, _TO_OUTPUTS = 1 / 3, 2 / 3, 1 / 3
+
+
+# How PyTorch names, in its error, the backward passes that it cannot differentiate although another kernel could.
+_FUSED_KERNELS = ("scaled_dot_product", "_cudnn_rnn")
 
 
 class Evaluation:
@@ -209,13 +212,36 @@ class Evaluation:
             product, *second = self._derivatives(vector, self._parameters)
         return product.to(self._outputs.dtype), self.layout.join(second)
 
-    def layer_factors(self, vector: Float[Tensor, "N ..."]) -> Iterator[LayerFactors]:
-        """Yield (a, g) of every layer for an output-space vector: one backward pass down to the layers' outputs."""
+    def layer_factors(
+        self, vector: Float[Tensor, "N ..."], reached: Mapping[str, Tensor] | None = None
+    ) -> Iterator[LayerFactors]:
+        """Yield (a, g) of every layer for an output-space vector: one backward pass down to the layers' outputs.
+
+        Args:
+            vector: of the outputs' shape.
+            reached: what :meth:`reached_positions` gave, where one vector alone does not reach all positions.
+        """
         self.check_fresh()
         self.work += _TO_OUTPUTS
         with full_precision(self.layout.device):
             for factors in self._tape.factors(self._recorded, vector):
-                yield replace(factors, counted=self._counted)
+                yield factors.limited(self._counted, reached if reached is not None else {})
+
+    def reached_positions(self) -> dict[str, Bool[Tensor, "N T"]]:
+        """Return, by affine map with ordered positions, those that the outputs depend on whose targets count.
+
+        One backward pass down to the layers' outputs, from a vector that is zero where a target is ignored alone. None
+        where no layer is used at several positions.
+        """
+        if not self._tape.has_steps:
+            return {}
+        flat = _fixed_vector(self._outputs.numel(), self._outputs)
+        with full_precision(self.layout.device):
+            vector = self.objective.loss.linearize(self._outputs, self.targets)(flat.view_as(self._outputs))
+        found: dict[str, Tensor] = {}
+        for factors in self.layer_factors(vector):
+            found.update(factors.reached())
+        return found
 
     def per_example_vjp(self, names: tuple[str, ...], vector: Float[Tensor, "N ..."]) -> Iterator[list[Tensor]]:
         """Yield J_n^T v_n for the named parameters, example by example: N backward passes, for any model."""
@@ -322,23 +348,23 @@ class Evaluation:
         try:
             u, transposed = self._linearization
             return self._differentiate(transposed, [u, *parameters], vector)
-        except FusedAttentionError:
-            self._replace_fused_attention()
+        except FusedKernelError:
+            self._replace_fused_kernels()
             u, transposed = self._linearization
             return self._differentiate(transposed, [u, *parameters], vector)
 
-    def _replace_fused_attention(self) -> None:
+    def _replace_fused_kernels(self) -> None:
         """Make the forward pass again with the attention kernel that can be differentiated twice, and say so once."""
-        if not self.objective.differentiable_attention:
-            self.objective.differentiable_attention = True
+        if not self.objective.differentiable_kernels:
+            self.objective.differentiable_kernels = True
             warnings.warn(
-                "exact products differentiate the backward pass of attention, which fused kernels do not allow: "
-                "forward passes for them use PyTorch's SDPBackend.MATH from now on (those of objective.at(batch, "
-                "linearize=False) do not).",
-                FusedAttentionWarning,
+                "exact products differentiate the backward pass, which fused kernels of attention and cuDNN's of "
+                "recurrent layers do not allow: forward passes for them use PyTorch's SDPBackend.MATH and recurrent "
+                "layers without cuDNN from now on (those of objective.at(batch, linearize=False) do not).",
+                FusedKernelWarning,
                 stacklevel=2,
             )
-        self._forward.differentiable_attention = True
+        self._forward.differentiable_kernels = True
         self.work += _FORWARD
         with torch.enable_grad():
             self._graph = self._forward.at(dict(zip(self.layout.names, self._parameters, strict=True)))
@@ -359,8 +385,9 @@ class Evaluation:
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
-            if "scaled_dot_product" in str(error) and not self._forward.differentiable_attention:
-                raise FusedAttentionError(str(error)) from error
+            fused = any(name in str(error) for name in _FUSED_KERNELS)
+            if fused and not self._forward.differentiable_kernels:
+                raise FusedKernelError(str(error)) from error
             raise LinearizationError(
                 f"exact products need a backward pass that can be differentiated, but: {error}"
             ) from error

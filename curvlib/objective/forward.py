@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class ForwardPass:
         device: where the model lies.
 
     Attributes:
-        differentiable_attention: whether scaled dot-product attention uses the kernel whose backward pass can be
-            differentiated, in place of a fused one.
+        differentiable_kernels: whether attention and recurrent layers use kernels whose backward pass can be
+            differentiated, in place of fused ones.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class ForwardPass:
         self._random_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_type = torch.get_autocast_dtype(device.type)
-        self.differentiable_attention = False
+        self.differentiable_kernels = False
 
     @property
     def autocast_type(self) -> torch.dtype | None:
@@ -45,14 +45,14 @@ class ForwardPass:
             # autocast keeps low-precision copies of the parameters for a whole block, also of old ones
             torch.clear_autocast_cache()
         args, kwargs = _arguments(self._inputs)
-        with self._attention(), _one_function():
+        with self._kernels(), _one_function():
             return self._model(*args, **kwargs)
 
     def at(self, parameters: dict[str, Tensor]) -> Any:
         """Call the model at other parameters, with the same random numbers; the model itself stays as it is."""
         values = self._values_at(parameters)
         args, kwargs = _arguments(self._inputs)
-        with self._same_random_numbers(), self.same_precision(), self._attention(), _one_function():
+        with self._same_random_numbers(), self.same_precision(), self._kernels(), _one_function():
             # Every place is named: PyTorch's own search for tied places replaces those of a module with two names for
             # good.
             return torch.func.functional_call(self._model, values, args, kwargs, tie_weights=False)
@@ -77,8 +77,18 @@ class ForwardPass:
         with torch.autocast(self._device.type, dtype=self._autocast_type, enabled=self._autocast):
             yield
 
-    def _attention(self) -> AbstractContextManager[None]:
-        return sdpa_kernel(SDPBackend.MATH) if self.differentiable_attention else nullcontext()
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Choose kernels that can be differentiated, twice if asked for, and whose dropout can be drawn again.
+
+        cuDNN's recurrent layers have no second derivative, in evaluation mode not even a first one, and draw random
+        numbers of their own between layers.
+        """
+        attention = sdpa_kernel(SDPBackend.MATH) if self.differentiable_kernels else nullcontext()
+        recurrent = [module for module in self._model.modules() if isinstance(module, nn.RNNBase)]
+        unfit = self.differentiable_kernels or any(not m.training or _draws(m) for m in recurrent)
+        with attention, torch.backends.cudnn.flags(enabled=False) if recurrent and unfit else nullcontext():
+            yield
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:
@@ -87,6 +97,10 @@ class ForwardPass:
             if self._random_cuda is not None:
                 torch.cuda.set_rng_state(self._random_cuda, self._device)
             yield
+
+
+def _draws(module: nn.RNNBase) -> bool:
+    return module.training and module.dropout > 0 and module.num_layers > 1
 
 
 @contextmanager

@@ -35,8 +35,8 @@ class Objective:
     Attributes:
         layout: how theta's tensors lie in flat vectors (D,).
         plan: which parameters belong to which layer.
-        differentiable_attention: whether forward passes for exact products use PyTorch's attention kernel that can be
-            differentiated twice; set by the first exact product that needs it.
+        differentiable_kernels: whether forward passes for exact products use kernels of attention and of recurrent
+            layers that can be differentiated twice; set by the first exact product that needs it.
 
     Raises:
         TypeError: the model is no module, or the loss is not supported.
@@ -71,7 +71,7 @@ class Objective:
         self._owners = _owners(model, self.layout.names)
         watch(trainable_parameters(model).values())
         self._passed: set[tuple[Any, ...]] = set()
-        self.differentiable_attention = False
+        self.differentiable_kernels = False
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -128,7 +128,7 @@ class Objective:
         inputs, targets = self._check_batch(batch)
         parameters = self.parameters
         forward = ForwardPass(self.model, inputs, self.layout.device)
-        forward.differentiable_attention = linearize and self.differentiable_attention
+        forward.differentiable_kernels = linearize and self.differentiable_kernels
         tape = Tape(self.plan)
         with torch.enable_grad(), tape.recording():
             outputs = forward()

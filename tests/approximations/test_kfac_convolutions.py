@@ -102,7 +102,7 @@ def test_factors_and_products_equal_curvlinops(sharing, matrix, fisher_type, net
     statistics = kfac.statistics(evaluation)
     assert {layer.name for layer in evaluation.layers} == set(state["input_covariances"])
     for layer in evaluation.layers:
-        A, G = statistics.means[f"{layer.name}|A"], statistics.sums[f"{layer.name}|G"]
+        A, G = factors_of(statistics, layer.name)
         torch.testing.assert_close(A, state["input_covariances"][layer.name], **EXACT)
         torch.testing.assert_close(G, state["gradient_covariances"][layer.name], **EXACT)
     C = kfac.estimate(evaluation)
@@ -148,9 +148,14 @@ def factors_by_definition(network, module, sharing):
     return A, torch.einsum("ontgc,op,pntgd->gcd", J, network.loss_hessian(), J)
 
 
+def factors_of(statistics, name):
+    """A as a mean over positions, and G."""
+    return statistics.means[f"{name}|A"] / statistics.means[f"{name}|positions"], statistics.sums[f"{name}|G"]
+
+
 def assert_factors_are_those_of_the_definition(network, name, sharing):
     statistics = KFAC(GGN(), weight_sharing=sharing).statistics(evaluate(network))
-    A, G = statistics.means[f"{name}|A"], statistics.sums[f"{name}|G"]
+    A, G = factors_of(statistics, name)
     ours = [factor if factor.ndim == 3 else factor.unsqueeze(0) for factor in (A, G)]
     for factor, expected in zip(ours, factors_by_definition(network, network.model[0], sharing), strict=True):
         torch.testing.assert_close(factor, expected, **CLOSE)

@@ -34,7 +34,8 @@ def our_factors(network, matrix):
     evaluation = Objective(network.model, network.loss).at((network.inputs, network.targets))
     statistics = KFAC(matrix).statistics(evaluation)
     names = linear_layers(network.model)
-    return {name: (statistics.means[f"{name}|A"], statistics.sums[f"{name}|G"]) for name in names}
+    means, sums = statistics.means, statistics.sums
+    return {name: (means[f"{name}|A"] / means[f"{name}|positions"], sums[f"{name}|G"]) for name in names}
 
 
 def linear_layers(model):

@@ -15,6 +15,7 @@ from layer_cases import (
     transposed_convolutions,
 )
 from oracles import Network
+from recurrent_cases import recurrent_cells, recurrent_layers
 from torch import nn
 
 from curvlib import GGN, Objective, UnsupportedLayerError
@@ -33,6 +34,8 @@ CASES = {
     "embedding": embeddings(),
     "embedding bag": embedding_bags(),
     "attention": attentions(),
+    "recurrent": recurrent_layers(),
+    "recurrent cell": recurrent_cells(),
 }
 for_every_kind = pytest.mark.parametrize("cases", CASES.values(), ids=CASES.keys())
 drawn = settings(max_examples=40, suppress_health_check=list(HealthCheck))
@@ -90,7 +93,7 @@ def test_input_moments_are_those_of_the_inputs(cases, data):
                 moments, rows = part.moments(), part.inputs.flatten(0, 1)
                 torch.testing.assert_close(moments.outer, torch.einsum("rgi,rgj->gij", rows, rows), **EXACT)
                 torch.testing.assert_close(moments.total, rows.sum(0), **EXACT)
-                assert moments.count == len(rows)
+                assert moments.count == (len(rows) if part.valid is None else part.valid.sum())
 
 
 class Attending(nn.Module):
