@@ -43,8 +43,8 @@ class KFAC(LayerwiseApproximation):
 
     Args:
         matrix: ``Fisher()`` as in the paper, ``GGN()`` or ``EmpiricalFisher()``.
-        weight_sharing: ``Expand()``, ``Reduce()``, or ``Independent()`` and ``LinearGaussian()`` for recurrent layers: how
-            the positions of layers that are used at several ones enter.
+        weight_sharing: how the positions of layers that are used at several ones enter: ``Expand()``, ``Reduce()``, or
+            ``Independent()`` and ``LinearGaussian()`` for recurrent layers.
         on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" or "exclude".
     """
 

@@ -205,7 +205,8 @@ class Tape:
 
     def _hooks(self, planned: PlannedModule) -> tuple[Callable[..., None], Callable[..., None]]:
         """Return what is called before and after the module."""
-        rule, begun = planned.rule, []
+        rule = planned.rule
+        begun: list[Any] = []
 
         def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
             begun[:] = [rule.call_begins(module)]

@@ -181,7 +181,7 @@ def _data(sequences: Any) -> Tensor:
     return sequences if isinstance(sequences, Tensor) else sequences.data
 
 
-for _kind in (nn.RNN, nn.LSTM, nn.GRU):
-    register(_kind, RecurrentRule())
-for _kind in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
-    register(_kind, RecurrentCellRule())
+for _layer in (nn.RNN, nn.LSTM, nn.GRU):
+    register(_layer, RecurrentRule())
+for _cell in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+    register(_cell, RecurrentCellRule())

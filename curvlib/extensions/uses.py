@@ -158,7 +158,7 @@ class PositionUse(DenseUse):
 
     inputs: Float[Tensor, "N T d_in"]
     output_gradients: Float[Tensor, "N T d_out"] | Gradients
-    valid: Bool[Tensor, "N T"] | None = None  # type: ignore[assignment]
+    valid: Bool[Tensor, "N T"] | None = None
 
     @property
     def a(self) -> Float[Tensor, "N T d_in"]:

@@ -35,11 +35,11 @@ every_kind = pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU], ids=lamb
 drawn = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
 
-def data(lengths, I=2, classes=3, seed=0):
+def data(lengths, features=2, classes=3, seed=0):
     """Padded inputs, whose padding is large, and labels that are ignored there."""
     generator = torch.Generator().manual_seed(seed)
     N, T = len(lengths), max(lengths)
-    x = torch.randn(N, T, I, generator=generator, dtype=torch.float64)
+    x = torch.randn(N, T, features, generator=generator, dtype=torch.float64)
     y = torch.randint(classes, (N, T), generator=generator)
     padded = torch.arange(T) >= torch.tensor(lengths).unsqueeze(1)
     return x.masked_fill(padded.unsqueeze(2), 7.0), y.masked_fill(padded, -100)

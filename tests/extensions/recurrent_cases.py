@@ -60,12 +60,12 @@ def recurrent_layers(draw, kinds=KINDS):
     """Layers, directions, biases, projections, initial states, dropout, packed sequences, and what is read."""
     draw(seeds())
     kind = draw(st.sampled_from(kinds))
-    I, H = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    features, H = draw(st.integers(1, 3)), draw(st.integers(2, 3))
     layers = draw(st.integers(1, 3))
     projection = draw(st.sampled_from((0, 1))) if kind == "lstm" else 0
     layer = build(
         kind,
-        (I, H),
+        (features, H),
         num_layers=layers,
         bias=draw(st.booleans()),
         batch_first=draw(st.booleans()),
@@ -80,7 +80,7 @@ def recurrent_layers(draw, kinds=KINDS):
     context = draw(st.sampled_from((0, 2)))
     model = Recurrent(layer, sorted(reads), context).double().train(draw(st.booleans()))
     N, T = draw(st.integers(2, 3)), draw(st.integers(1, 4))
-    x = torch.randn(N, T, I, dtype=torch.float64)
+    x = torch.randn(N, T, features, dtype=torch.float64)
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(1, T), min_size=N - 1, max_size=N - 1))
         model.sorted = draw(st.booleans())
@@ -114,10 +114,10 @@ def recurrent_cells(draw):
     """Every cell, unrolled, with and without biases and an initial state."""
     draw(seeds())
     kind = draw(st.sampled_from(KINDS))
-    I, H, bias = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
+    features, H, bias = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
     if kind in ("tanh", "relu"):
-        cell = nn.RNNCell(I, H, bias=bias, nonlinearity=kind)
+        cell = nn.RNNCell(features, H, bias=bias, nonlinearity=kind)
     else:
-        cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[kind](I, H, bias=bias)
+        cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[kind](features, H, bias=bias)
     model = Unrolled(cell.double(), draw(st.booleans()), draw(st.booleans()))
-    return LayerCase(model, torch.randn(2, draw(st.integers(1, 3)), I, dtype=torch.float64))
+    return LayerCase(model, torch.randn(2, draw(st.integers(1, 3)), features, dtype=torch.float64))
