@@ -19,12 +19,14 @@ from benchmarks.ggn_products import GGN_PRODUCTS
 from benchmarks.kfac_statistics import KFAC_STATISTICS
 from benchmarks.measurement import Result, Settings, run
 from benchmarks.memory import peak_mib
+from benchmarks.recurrent_statistics import RECURRENT_STATISTICS
 from benchmarks.report import markdown, write
 from benchmarks.steps import STEPS
 from benchmarks.subjects import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (*GGN_PRODUCTS, KFAC_STATISTICS, *CONVOLUTIONAL_STATISTICS, STEPS)
+    benchmark.name: benchmark
+    for benchmark in (*GGN_PRODUCTS, KFAC_STATISTICS, *CONVOLUTIONAL_STATISTICS, RECURRENT_STATISTICS, STEPS)
 }
 
 

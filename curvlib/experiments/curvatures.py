@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from curvlib import GGN, EmpiricalFisher, Fisher
-from curvlib.approximations import KFAC, Approximation, BlockDiagonal, Dense, Diagonal, Exact, Identity
+from curvlib.approximations import (
+    KFAC,
+    Approximation,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Exact,
+    GeneralTransition,
+    Identity,
+    LinearGaussian,
+    Reduce,
+    SymmetricTransition,
+)
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.registry import Registry
 
@@ -19,6 +32,10 @@ MATRICES.register("empirical-fisher", EmpiricalFisher())
 # Each takes the matrix that it approximates; the identity has no use for it.
 APPROXIMATIONS: Registry[Callable[[Any], Approximation]] = Registry("curvature approximation")
 APPROXIMATIONS.register("kfac", KFAC)
+APPROXIMATIONS.register("kfac-reduce", partial(KFAC, weight_sharing=Reduce()))
+# K-FAC with correlated time steps, for recurrent layers.
+APPROXIMATIONS.register("kfac-symmetric-chain", partial(KFAC, weight_sharing=LinearGaussian(SymmetricTransition())))
+APPROXIMATIONS.register("kfac-general-chain", partial(KFAC, weight_sharing=LinearGaussian(GeneralTransition())))
 APPROXIMATIONS.register("diagonal", Diagonal)
 APPROXIMATIONS.register("block-diagonal", BlockDiagonal)
 APPROXIMATIONS.register("dense", Dense)
