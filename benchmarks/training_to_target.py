@@ -1,10 +1,11 @@
-"""Training until a test accuracy is reached, with every setting of a method's grid and from several seeds."""
+"""Training until a goal is reached, with every setting of a method's grid and from several seeds."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 from curvlib.experiments import (
     Comparison,
+    CurvatureChoice,
     EvaluationSchedule,
     ExperimentError,
     Method,
     Problem,
+    Record,
     Status,
     Steps,
     configure,
@@ -32,8 +35,105 @@ GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "sgd": {"lr": (0.003, 0.01, 0.03, 0.1, 0.3)},
     "adam": {"lr": (0.0003, 0.001, 0.003, 0.01)},
 }
-# Training examples whose loss is looked at, to notice that a method has diverged.
-_TRAINING_EXAMPLES = 100
+
+
+class Goal(ABC):
+    """What ends a training."""
+
+    training_examples: int
+
+    @abstractmethod
+    def value(self, record: Record) -> float:
+        """Return the number that is looked at."""
+
+    @abstractmethod
+    def is_reached(self, value: float) -> bool:
+        """Return whether the number is good enough."""
+
+    @abstractmethod
+    def cost(self, value: float) -> float:
+        """Return what is lower for a better number."""
+
+    def best(self, values: Sequence[float]) -> float:
+        """Return the best of several numbers."""
+        return min(values, key=self.cost)
+
+    @abstractmethod
+    def text(self, value: float) -> str:
+        """Return the number as tables show it."""
+
+    def check(self, problem: Problem) -> None:
+        """Raise an ExperimentError if the problem has no such number."""
+        del problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(Goal):
+    """Accuracy on all test examples.
+
+    Args:
+        at_least: in (0, 1].
+        training_examples: whose loss is looked at, to notice that a method has diverged.
+    """
+
+    at_least: float
+    training_examples: int = 100
+
+    def value(self, record: Record) -> float:
+        """Return the share of test examples that are recognised."""
+        return record.test_metric or 0.0
+
+    def is_reached(self, value: float) -> bool:
+        """Return whether enough are."""
+        return value >= self.at_least
+
+    def cost(self, value: float) -> float:
+        """Return the negative share."""
+        return -value
+
+    def text(self, value: float) -> str:
+        """Return percents."""
+        return f"{value:.2%}"
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem without an accuracy."""
+        if not problem.task.metric.higher_is_better:
+            raise ExperimentError(f"{problem.name} has no accuracy: choose a classifier, such as mnist-convnet.")
+
+    def __str__(self) -> str:
+        return f"{self.at_least:.2%} of the test examples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLoss(Goal):
+    """The objective on some training examples, always the same.
+
+    Args:
+        at_most: the loss.
+        training_examples: how many.
+    """
+
+    at_most: float
+    training_examples: int = 5000
+
+    def value(self, record: Record) -> float:
+        """Return the loss, infinite where it is not finite."""
+        return inf if record.loss is None else record.loss
+
+    def is_reached(self, value: float) -> bool:
+        """Return whether it is low enough."""
+        return value <= self.at_most
+
+    def cost(self, value: float) -> float:
+        """Return the loss."""
+        return value
+
+    def text(self, value: float) -> str:
+        """Return four digits."""
+        return f"{value:.4g}"
+
+    def __str__(self) -> str:
+        return f"a loss of {self.at_most:g} on {self.training_examples:,} training examples"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +141,8 @@ class Plan:
     """What all trainings share.
 
     Args:
-        problem: to be trained, a classification.
-        target: accuracy on all test examples that ends a training.
+        problem: to be trained.
+        goal: what ends a training.
         max_steps: steps that end it as well.
         every: steps from one evaluation to the next.
         seeds: trainings with each setting.
@@ -50,11 +150,11 @@ class Plan:
         threads: CPU threads.
 
     Raises:
-        ExperimentError: the problem's metric is no accuracy.
+        ExperimentError: the problem has no such goal.
     """
 
     problem: Problem
-    target: float
+    goal: Goal
     max_steps: int
     every: int
     seeds: int
@@ -62,18 +162,17 @@ class Plan:
     threads: int
 
     def __post_init__(self) -> None:
-        if not self.problem.task.metric.higher_is_better:
-            raise ExperimentError(f"{self.problem.name} has no accuracy: choose a classifier, such as mnist-convnet.")
+        self.goal.check(self.problem)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "problem": self.problem.identity()}
+        return {**values, "goal": str(self.goal), "problem": self.problem.identity()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A method with the options that are searched, as (name, value)."""
+    """A method with the options that are searched, as (name, value); "kfac:diagonal" is kfac with another curvature."""
 
     method: str
     options: tuple[tuple[str, str], ...]
@@ -92,7 +191,7 @@ class Training:
         reached: whether the target was.
         status: where it ended: running if the target ended it.
         note: why the method could not go on.
-        curve: (step, seconds of training, test accuracy) of every evaluation.
+        curve: (step, seconds of training, the goal's number) of every evaluation.
     """
 
     setting: Setting
@@ -113,13 +212,13 @@ class Training:
         return self.curve[-1][1] if self.reached else inf
 
     @property
-    def highest_accuracy(self) -> float:
-        """The highest test accuracy that was seen."""
-        return max(accuracy for _, _, accuracy in self.curve)
+    def values(self) -> list[float]:
+        """The goal's number at every evaluation."""
+        return [value for _, _, value in self.curve]
 
     def __str__(self) -> str:
         outcome = f"{self.steps} steps, {self.seconds:.1f} s" if self.reached else f"not reached, {self.status}"
-        return f"seed {self.seed}, {self.setting.method} {self.setting}: {outcome}, {self.highest_accuracy:.2%}"
+        return f"seed {self.seed}, {self.setting.method} {self.setting}: {outcome}, at the end {self.values[-1]:.4g}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the training as JSON values."""
@@ -131,11 +230,23 @@ def settings_of(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[Sett
     """Return every batch size with every point of the grid of every method."""
     settings = []
     for method in methods:
-        axes: dict[str, Sequence[float]] = {"batch_size": batch_sizes, **GRIDS.get(method, {})}
+        name = method.partition(":")[0]
+        axes: dict[str, Sequence[float]] = {"batch_size": batch_sizes, **GRIDS.get(name, {})}
         for point in itertools.product(*axes.values()):
             options = zip(axes, (f"{value:g}" for value in point), strict=True)
             settings.append(Setting(method=method, options=tuple(options)))
     return settings
+
+
+def method_of(setting: Setting, problem: Problem) -> Method:
+    """Return the method with its options and its curvature.
+
+    Raises:
+        ExperimentError: an unknown method, option or curvature.
+    """
+    name, _, curvature = setting.method.partition(":")
+    method = configure(name, problem, dict(setting.options))
+    return method.with_curvature(CurvatureChoice(approximation=curvature)) if curvature else method
 
 
 def train_all(plan: Plan, loaded: LoadedProblem, settings: Sequence[Setting]) -> Iterator[Training]:
@@ -160,21 +271,21 @@ def train(plan: Plan, loaded: LoadedProblem, setting: Setting, seed: int, show: 
         seed: of all randomness.
         show: is told how it goes, in a few words.
     """
-    method = configure(setting.method, plan.problem, dict(setting.options))
+    method = method_of(setting, plan.problem)
     run = Run(_workload(plan, loaded, method, seed), method)
     curve: list[tuple[int, float, float]] = []
     while True:
         record = run.evaluate()
-        accuracy = record.test_metric or 0.0
-        curve.append((record.step, record.seconds, accuracy))
-        show(f"step {record.step}, accuracy {accuracy:.2%}")
-        if accuracy >= plan.target or record.status is not Status.RUNNING:
+        value = plan.goal.value(record)
+        curve.append((record.step, record.seconds, value))
+        show(f"step {record.step}, {plan.goal.text(value)}")
+        if plan.goal.is_reached(value) or record.status is not Status.RUNNING:
             break
         _advance(run, plan.every)
     return Training(
         setting=setting,
         seed=seed,
-        reached=accuracy >= plan.target,
+        reached=plan.goal.is_reached(value),
         status=record.status.value,
         note=record.note,
         curve=tuple(curve),
@@ -198,5 +309,5 @@ def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> W
     )
     workload = workload_of(comparison, loaded)
     warm_up(workload)
-    some = torch.arange(min(_TRAINING_EXAMPLES, len(loaded.train)), device=plan.device)
+    some = torch.arange(min(plan.goal.training_examples, len(loaded.train)), device=plan.device)
     return dataclasses.replace(workload, evaluated_train=workload.train[some])

@@ -287,9 +287,9 @@ def test_fused_attention_is_replaced_as_for_exact_products():
     evaluation = evaluate(model, inputs)
     S = StructuralDamping().estimate(evaluation)
     v = torch.ones(S.size)
-    with pytest.warns(curvlib.FusedAttentionWarning):
+    with pytest.warns(curvlib.FusedKernelWarning):
         product = S @ v
-    with pytest.warns(curvlib.FusedAttentionWarning):  # another objective, another warning
+    with pytest.warns(curvlib.FusedKernelWarning):  # another objective, another warning
         double = StructuralDamping().estimate(evaluate(model.double(), inputs.double())) @ v.double()
     torch.testing.assert_close(product.double(), double, rtol=1e-4, atol=1e-5)
 

@@ -11,20 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def convnet_training(*arguments):
+def training(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("CURVLIB_DATA", None)
-    command = [sys.executable, "-m", "benchmarks.convnet_training", "--threads", "1", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.training", "--threads", "1", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """A run on the small digits, with a target that good learning rates reach and bad ones do not."""
-    folder = tmp_path_factory.mktemp("convnet-training")
+    folder = tmp_path_factory.mktemp("training")
     words = ("--problem", "digits-convnet", "--methods", "sgd", "--methods", "adam", "--batch-sizes", 100)
     limits = ("--target", 0.6, "--max-steps", 22, "--every", 5, "--seeds", 2, "--output", folder)
-    done = convnet_training(*words, *limits)
+    done = training(*words, *limits)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text(), done
 
@@ -81,11 +81,26 @@ def test_the_best_setting_has_the_lowest_median(report):
         ((), "--data DIR or set the environment"),
         (("--problem", "digits-autoencoder"), "has no accuracy: choose a classifier"),
         (("--problem", "digits-convnet", "--output", "/proc/nowhere"), "name a folder that can be written"),
+        (("--problem", "digits-convnet", "--methods", "adamm"), "did you mean 'adam'"),
+        (("--problem", "digits-convnet", "--methods", "kfac:x"), "Unknown curvature approximation 'x'"),
     ],
-    ids=["no data", "no classifier", "unwritable folder"],
+    ids=["no data", "no classifier", "unwritable folder", "method", "curvature"],
 )
 def test_bad_options_are_refused_before_any_training(arguments, message):
-    done = convnet_training(*arguments)
+    done = training(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_training_loss_is_a_goal_as_well(tmp_path):
+    """Of a problem without an accuracy, and with another curvature of K-FAC."""
+    words = ("--problem", "digits-autoencoder", "--methods", "kfac:diagonal", "--batch-sizes", 100, "--seeds", 1)
+    done = training(*words, "--training-loss", 40, "--max-steps", 60, "--every", 5, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (only,) = json.loads((tmp_path / "results.json").read_text())["trainings"]
+    *before, (_, _, last) = only["curve"]
+    assert all(loss > 40 for _, _, loss in before)
+    assert only["reached"] == (last <= 40)
+    assert only["method"] == "kfac:diagonal"
+    assert "a loss of 40 on 5,000 training examples" in done.stdout

@@ -1,7 +1,7 @@
-"""The command ``python -m benchmarks.convnet_training``: steps and seconds to a test accuracy.
+"""The command ``python -m benchmarks.training``: steps and seconds to a test accuracy or to a training loss.
 
-K-FAC beside first-order methods whose learning rates are searched: all train a convolutional network from the same
-initial parameters on the same stream of examples.
+K-FAC beside first-order methods whose learning rates are searched: all train a network from the same initial parameters
+on the same stream of examples.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ import click
 import torch
 
 from benchmarks.report import machine
-from benchmarks.training_to_target import Plan, Setting, Training, settings_of, train_all
-from curvlib.experiments import METHODS, PROBLEMS, ExperimentError
+from benchmarks.training_to_target import (
+    Accuracy,
+    Goal,
+    Plan,
+    Setting,
+    Training,
+    TrainingLoss,
+    method_of,
+    settings_of,
+    train_all,
+)
+from curvlib.experiments import PROBLEMS, ExperimentError
 
 Measure = Callable[[Training], float]
 # What it took to reach the target.
@@ -29,12 +39,16 @@ MEASURES: Mapping[str, Measure] = {"steps": attrgetter("steps"), "seconds": attr
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--data", type=click.Path(path_type=Path), envvar="CURVLIB_DATA", help="Folder of the data files.")
-@click.option("--problem", default="mnist-convnet", help="A classifier among the problems of `curvlib problems`.")
+@click.option("--problem", default="mnist-convnet", help="One of the problems of `curvlib problems`.")
 @click.option(
-    "--methods", multiple=True, type=click.Choice(tuple(METHODS)), default=("kfac", "sgd", "adam"), help="Repeatable."
+    "--methods",
+    multiple=True,
+    default=("kfac", "sgd", "adam"),
+    help="A method of `curvlib methods`, or one with another curvature: kfac:diagonal. Repeatable.",
 )
 @click.option("--batch-sizes", multiple=True, type=click.IntRange(min=1), default=(250, 1000), help="Repeatable.")
 @click.option("--target", type=click.FloatRange(0, 1, min_open=True), default=0.985, help="Test accuracy to reach.")
+@click.option("--training-loss", type=float, help="Loss on 5,000 training examples to reach, in place of an accuracy.")
 @click.option("--max-steps", type=click.IntRange(min=1), default=1000, help="Steps of one training at most.")
 @click.option("--every", type=click.IntRange(min=1), default=10, help="Steps between two evaluations.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Trainings with each setting.")
@@ -45,7 +59,7 @@ MEASURES: Mapping[str, Measure] = {"steps": attrgetter("steps"), "seconds": attr
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False, writable=True),
-    default=Path("results/benchmarks/convnet-training"),
+    default=Path("results/benchmarks/training"),
     help="Folder of results.json and results.md.",
 )
 def main(
@@ -54,10 +68,12 @@ def main(
     problem: str,
     methods: tuple[str, ...],
     batch_sizes: tuple[int, ...],
+    target: float,
+    training_loss: float | None,
     output: Path,
     **options: Any,
 ) -> None:
-    """Count steps and seconds to a test accuracy, with the best setting of every method.
+    """Count steps and seconds to a goal, with the best setting of every method.
 
     The time of evaluations is not counted. Results are written after every training.
     """
@@ -65,7 +81,11 @@ def main(
         raise click.UsageError("--device cuda: PyTorch sees no GPU here; use --device cpu.")
     trainings: list[Training] = []
     try:
-        plan = Plan(problem=PROBLEMS.get(problem), **options)
+        goal = Accuracy(at_least=target) if training_loss is None else TrainingLoss(at_most=training_loss)
+        plan = Plan(problem=PROBLEMS.get(problem), goal=goal, **options)
+        settings = settings_of(methods, batch_sizes)
+        for setting in settings:
+            method_of(setting, plan.problem)
         loaded = plan.problem.load(data)
         output.mkdir(parents=True, exist_ok=True)
         write(output, plan, trainings)
@@ -74,7 +94,7 @@ def main(
     except OSError as error:
         raise click.UsageError(f"--output {output}: {error.strerror}; name a folder that can be written.") from error
     torch.set_num_threads(plan.threads)
-    for training in train_all(plan, loaded, settings_of(methods, batch_sizes)):
+    for training in train_all(plan, loaded, settings):
         trainings.append(training)
         write(output, plan, trainings)
     click.echo(markdown(plan, trainings))
@@ -104,17 +124,19 @@ def markdown(plan: Plan, trainings: Sequence[Training]) -> str:
     network, looks = plan.problem.network, f"looked at every {plan.every} steps until step {plan.max_steps}"
     parts = [
         f"{facts}.",
-        f"{plan.problem.name}: {network}, {network.parameters:,} parameters; target {plan.target:.2%} of the test "
-        f"images, {looks}.",
-        *(_best_settings(name, measure, groups) for name, measure in MEASURES.items()),
-        _all_settings(groups),
+        f"{plan.problem.name}: {network}, {network.parameters:,} parameters; target: {plan.goal}, {looks}.",
+        *(_best_settings(name, measure, groups, plan.goal) for name, measure in MEASURES.items()),
+        _all_settings(groups, plan.goal),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _best_settings(name: str, measure: Measure, groups: Mapping[Setting, Sequence[Training]]) -> str:
+def _best_settings(name: str, measure: Measure, groups: Mapping[Setting, Sequence[Training]], goal: Goal) -> str:
+    def order(item: tuple[Setting, Sequence[Training]]) -> tuple[float, float]:
+        return _median(measure, item[1]), goal.cost(_best(item[1], goal))
+
     best: dict[str, Setting] = {}
-    for setting, _ in sorted(groups.items(), key=lambda item: (_median(measure, item[1]), -_accuracy(item[1]))):
+    for setting, _ in sorted(groups.items(), key=order):
         best.setdefault(setting.method, setting)
     rows = []
     for method, setting in best.items():
@@ -125,13 +147,15 @@ def _best_settings(name: str, measure: Measure, groups: Mapping[Setting, Sequenc
     return "\n".join([*head, *rows])
 
 
-def _all_settings(groups: Mapping[Setting, Sequence[Training]]) -> str:
+def _all_settings(groups: Mapping[Setting, Sequence[Training]], goal: Goal) -> str:
     rows = []
     for setting, group in groups.items():
         middles = " | ".join(_number(_median(measure, group)) for measure in MEASURES.values())
-        rows.append(f"| {setting.method} | {setting} | {middles} | {_reached(group)} | {_accuracy(group):.2%} |")
+        rows.append(
+            f"| {setting.method} | {setting} | {middles} | {_reached(group)} | {goal.text(_best(group, goal))} |"
+        )
     head = [
-        f"| method | setting | {' | '.join(MEASURES)} | reached | highest accuracy |",
+        f"| method | setting | {' | '.join(MEASURES)} | reached | best value |",
         "|---|---|---:|---:|---:|---:|",
     ]
     return "\n".join([*head, *rows])
@@ -141,8 +165,8 @@ def _median(measure: Measure, group: Sequence[Training]) -> float:
     return median(map(measure, group))
 
 
-def _accuracy(group: Sequence[Training]) -> float:
-    return median(training.highest_accuracy for training in group)
+def _best(group: Sequence[Training], goal: Goal) -> float:
+    return median(goal.best(training.values) for training in group)
 
 
 def _reached(group: Sequence[Training]) -> str:
@@ -154,4 +178,4 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.convnet_training")
+    main(prog_name="python -m benchmarks.training")
