@@ -20,9 +20,9 @@ from curvlib.objective.errors import (
     FusedKernelError,
     FusedKernelWarning,
     LinearizationError,
-    StaleEvaluationError,
 )
 from curvlib.objective.forward import ForwardPass, tensors_of
+from curvlib.objective.freshness import Freshness
 from curvlib.operators import full_precision
 
 if TYPE_CHECKING:
@@ -69,15 +69,12 @@ class Evaluation:
         self.layout = objective.layout
         self._outputs = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
         self._parameters = parameters
-        # tensors made in inference mode have no version; autograd keeps none of them either
-        batch_tensors = (*tensors_of(inputs), *tensors_of(self.targets))
-        self._batch_tensors = [tensor for tensor in batch_tensors if not tensor.is_inference()]
         self._graph = self._recorded = outputs
         self._tape = tape
         self._forward = forward
         self._linearize = linearize
         self.work = _FORWARD
-        self._made_at, self._mode = self._fingerprint(), objective.mode()
+        self._freshness = Freshness(objective, (*tensors_of(inputs), *tensors_of(self.targets)))
         hooked = [name for name, p in zip(self.layout.names, parameters, strict=True) if p._backward_hooks]
         if hooked:
             raise ValueError(
@@ -126,17 +123,7 @@ class Evaluation:
 
     def check_fresh(self) -> None:
         """Raise StaleEvaluationError if the parameters or the batch have changed since the evaluation was made."""
-        now = self._fingerprint()
-        if now == self._made_at:
-            return
-        names = [*(f"parameter {name!r}" for name in self.layout.names), *(["the batch"] * len(self._batch_tensors))]
-        changed = [(name, new, old) for name, new, old in zip(names, now, self._made_at, strict=True) if new != old]
-        name, new, old = changed[0]
-        how = "has changed" if new[0] == old[0] and new[1] == old[1] else "has been replaced or frozen"
-        raise StaleEvaluationError(
-            f"{name} {how} since this Evaluation was made (by a write, or modified in place), and it answers for the "
-            "old values only: call objective.at(batch) again, after making a new Objective if a parameter was frozen."
-        )
+        self._freshness.check()
 
     @property
     def output_gradient(self) -> Float[Tensor, "N ..."]:
@@ -263,12 +250,7 @@ class Evaluation:
         Raises:
             StaleEvaluationError: the batch, or the training mode of a module, has changed.
         """
-        batch = len(self._parameters)
-        if self._fingerprint()[batch:] != self._made_at[batch:] or self.objective.mode() != self._mode:
-            raise StaleEvaluationError(
-                "the batch or the training mode of a module has changed since this Evaluation was made, so values at "
-                "other parameters could not be compared with it: call objective.at(batch) again."
-            )
+        self._freshness.check_batch()
         self.work += _FORWARD
         parts = self.layout.unflatten(parameters)
         with torch.no_grad():
@@ -391,13 +373,6 @@ class Evaluation:
             raise LinearizationError(
                 f"exact products need a backward pass that can be differentiated, but: {error}"
             ) from error
-
-    def _fingerprint(self) -> list[tuple[int, bool, int, int]]:
-        """Identity, trainability, version and place in memory of everything that the evaluation answers for."""
-        tensors = (*self.objective.current_parameters(), *self._batch_tensors)
-        return [
-            (id(x), x.requires_grad, x._version, x.data_ptr()) if x is not None else (0, False, 0, 0) for x in tensors
-        ]
 
 
 def _fixed_vector(size: int, like: Tensor) -> Tensor:
