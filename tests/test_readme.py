@@ -118,7 +118,7 @@ def test_the_command_line_can_be_followed_from_its_first_command_to_its_last(tmp
         followed += 1
     assert followed >= 7
     assert {path.parent.name for path in tmp_path.glob("results/*/results.jsonl")} == {
-        "digits-autoencoder", "digits-classifier", "tuned", "diagonal"
+        "addition", "digits-autoencoder", "digits-classifier", "tuned", "diagonal"
     }  # fmt: skip
 
 

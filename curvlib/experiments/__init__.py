@@ -28,6 +28,7 @@ except ImportError as error:
         'pip install "curvlib[experiments]"'
     ) from error
 
+import curvlib.experiments.recurrent_problems  # noqa: F401 - registers them
 from curvlib.experiments.budgets import Budget, Epochs, EvaluationSchedule, Seconds, Steps
 from curvlib.experiments.comparison import Comparison, Monitor, Outcome
 from curvlib.experiments.curvatures import APPROXIMATIONS, MATRICES, CurvatureChoice
@@ -41,10 +42,22 @@ from curvlib.experiments.networks import Convolution, Convolutional, FullyConnec
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
 from curvlib.experiments.problems import PROBLEMS, Problem, register_problem
 from curvlib.experiments.records import Record, Status
+from curvlib.experiments.recurrent import Recurrent
 from curvlib.experiments.report import results_tables
 from curvlib.experiments.results_folder import ResultsFolder
 from curvlib.experiments.runner import compare
+from curvlib.experiments.sequence_layers import Embedded, Entry, EveryStep, Exit, LastStep, Numbers, OneHot, Rows
+from curvlib.experiments.sequences import (
+    Addition,
+    CopyMemory,
+    Sequences,
+    SequenceSource,
+    generate_addition,
+    generate_copy,
+)
+from curvlib.experiments.sources import Baseline, Source
 from curvlib.experiments.tasks import Metric, Task
+from curvlib.experiments.text import CharacterText
 from curvlib.experiments.trainers import StepReport, Trainer
 
 __all__ = [
@@ -52,26 +65,42 @@ __all__ = [
     "MATRICES",
     "METHODS",
     "PROBLEMS",
+    "Addition",
+    "Baseline",
     "Budget",
+    "CharacterText",
     "Comparison",
     "Convolution",
     "Convolutional",
+    "CopyMemory",
     "CurvatureChoice",
+    "Embedded",
+    "Entry",
     "Epochs",
     "EvaluationSchedule",
+    "EveryStep",
+    "Exit",
     "ExperimentError",
     "FullyConnected",
     "ImageSource",
     "Images",
+    "LastStep",
     "Method",
     "Metric",
     "Monitor",
     "Network",
+    "Numbers",
+    "OneHot",
     "Outcome",
     "Problem",
     "Record",
+    "Recurrent",
     "ResultsFolder",
+    "Rows",
     "Seconds",
+    "SequenceSource",
+    "Sequences",
+    "Source",
     "Status",
     "StepReport",
     "Steps",
@@ -80,6 +109,8 @@ __all__ = [
     "compare",
     "configure",
     "figure_png",
+    "generate_addition",
+    "generate_copy",
     "generate_curves",
     "prepare_folder",
     "read_idx",

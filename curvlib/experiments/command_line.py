@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from click.core import ParameterSource
 from rich.console import Console
 
-from curvlib import __version__
+from curvlib import UnsupportedLayerError, __version__
 from curvlib.experiments.budgets import Budget, Epochs, Seconds, Steps
 from curvlib.experiments.comparison import Comparison, Outcome
 from curvlib.experiments.curvatures import APPROXIMATIONS, MATRICES, CurvatureChoice
@@ -20,7 +21,7 @@ from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.listing import methods_table, problems_table
 from curvlib.experiments.methods import METHODS, Method, configure
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
-from curvlib.experiments.problems import PROBLEMS, LoadedProblem, Problem
+from curvlib.experiments.problems import PROBLEM, PROBLEMS, LoadedProblem, Problem
 from curvlib.experiments.progress import ProgressBars
 from curvlib.experiments.report import legend, notes, results_tables
 from curvlib.experiments.results_folder import ResultsFolder
@@ -50,7 +51,7 @@ def main() -> None:
 
 @main.command("problems")
 def list_problems() -> None:
-    """List the problems."""
+    """List the problems and their options, which --set problem.OPTION=VALUE changes."""
     _console().print(problems_table())
 
 
@@ -70,7 +71,11 @@ def list_methods(problem: str) -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples a step, for all methods.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of all randomness.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), envvar="CURVLIB_DATA", show_envvar=True, help="Folder of data files."
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="CURVLIB_DATA",
+    show_envvar=True,
+    help="Folder of data files, or the text file.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of results.  [default: results/PROBLEM]")
 @click.option("--resume", is_flag=True, help="Go on in the output folder; the budget may be larger.")
@@ -79,7 +84,13 @@ def list_methods(problem: str) -> None:
 @click.option("--curvature", help=f"Approximation for the second-order methods: {', '.join(APPROXIMATIONS)}.")
 @click.option("--matrix", help=f"Curvature matrix for the second-order methods: {', '.join(MATRICES)}.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's own choice]")
-@click.option("--set", "assignments", multiple=True, metavar="METHOD.OPTION=VALUE", help="Repeatable.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="METHOD.OPTION=VALUE",
+    help="Repeatable; problem.OPTION=VALUE sets one of the problem.",
+)
 @click.pass_context
 def compare_methods(
     context: click.Context,
@@ -100,9 +111,10 @@ def compare_methods(
         raise ExperimentError("--resume and --overwrite exclude each other: give one of them.")
     # The environment variable stands for all problems; an option was meant for this one.
     given = context.get_parameter_source("data") is ParameterSource.COMMANDLINE
-    if given and not comparison.problem.images.reads_files:
+    if given and not comparison.problem.source.reads_files:
         click.echo(f"Warning: --data {data} is not used: {problem} needs no data files.", err=True)
     loaded = comparison.problem.load(data)
+    comparison = dataclasses.replace(comparison, data=loaded.fingerprint)
     folder = ResultsFolder(output if output is not None else Path("results") / problem)
     prepare = reopen_folder if resume else replace_folder if overwrite else prepare_folder
     prepare(comparison, folder)
@@ -117,6 +129,11 @@ def _run(comparison: Comparison, loaded: LoadedProblem, folder: ResultsFolder) -
     try:
         with ProgressBars(comparison, console) as bars:
             outcome = compare(comparison, loaded, folder, monitor=bars)
+    except UnsupportedLayerError as error:
+        raise click.ClickException(
+            f"{error}\nOn the command line: leave out the method by naming the others with --method, or use --curvature "
+            "exact. What was written is kept."
+        ) from error
     except OSError as error:
         raise click.ClickException(f"Cannot write to {folder.path}: {error}. What was written is kept.") from error
     console.print()
@@ -133,6 +150,10 @@ def _run(comparison: Comparison, loaded: LoadedProblem, folder: ResultsFolder) -
 
 
 def _comparison(problem: Problem, request: Mapping[str, Any]) -> Comparison:
+    prefix = f"{PROBLEM}."
+    own = [_assignment(text) for text in request["assignments"] if text.startswith(prefix)]
+    problem = problem.with_options({key: value for _, key, value in own})
+    request = {**request, "assignments": [text for text in request["assignments"] if not text.startswith(prefix)]}
     return Comparison(
         problem=problem,
         methods=_methods(problem, request),
@@ -167,19 +188,28 @@ def _methods(problem: Problem, request: Mapping[str, Any]) -> tuple[Method, ...]
     return tuple(method.with_curvature(choice) if method.takes_curvature else method for method in methods)
 
 
-def _assignments(texts: tuple[str, ...], names: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def _assignments(texts: Sequence[str], names: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """Return option name to text of every method of the comparison."""
     assigned: dict[str, dict[str, str]] = {METHODS.get(name).name: {} for name in names}
     for text in texts:
-        target, equals, value = text.partition("=")
-        name, dot, key = target.partition(".")
-        if not (equals and dot and key and value):
-            raise ExperimentError(f"--set needs METHOD.OPTION=VALUE, such as sgd.lr=0.05, got {text!r}.")
+        name, key, value = _assignment(text)
         METHODS.get(name)
         if name not in assigned:
             raise ExperimentError(f"--set {text}: {name} is not compared; compared are {', '.join(names)}.")
         assigned[name][key] = value
     return assigned
+
+
+def _assignment(text: str) -> tuple[str, str, str]:
+    """Return (owner, option, value) of an assignment."""
+    target, equals, value = text.partition("=")
+    name, dot, key = target.partition(".")
+    if not (equals and dot and key and value):
+        raise ExperimentError(
+            "--set needs METHOD.OPTION=VALUE, such as sgd.lr=0.05, or problem.OPTION=VALUE, such as "
+            f"problem.length=100, got {text!r}."
+        )
+    return name, key, value
 
 
 def _device(name: str) -> torch.device:

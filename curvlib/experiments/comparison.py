@@ -25,6 +25,7 @@ class Comparison:
         device: where to train.
         threads: CPU threads, or None for PyTorch's own choice.
         schedule: when to evaluate.
+        data: fingerprint of the loaded data, where a user brings them along.
 
     Raises:
         ExperimentError: no method, a method twice, or a negative seed or no threads.
@@ -37,6 +38,7 @@ class Comparison:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int | None = None
     schedule: EvaluationSchedule = field(default_factory=EvaluationSchedule)
+    data: str | None = None
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
@@ -51,6 +53,7 @@ class Comparison:
         """Return, as text, everything that the records depend on; a resumed comparison must have the same."""
         return {
             **self.problem.identity(),
+            **({} if self.data is None else {"data": self.data}),
             "method": ", ".join(method.name for method in self.methods),
             "budget": str(self.budget),
             "seed": str(self.seed),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from curvlib.experiments.curves import generate_curves
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.idx import read_idx
+from curvlib.experiments.sources import Source
 
 # The split and the generated images belong to the problem: they must not move with the seed of a run.
 _DATA_SEED = 20150319
@@ -33,32 +32,24 @@ class Images:
     pixels: Tensor  # shape: (N, pixels)
     labels: Tensor | None = None  # shape: (N,)
 
+    @property
+    def inputs(self) -> Tensor:
+        """The pixels, shape (N, pixels)."""
+        return self.pixels
 
-class ImageSource(ABC):
+    @property
+    def symbols(self) -> None:
+        """Images have no alphabet."""
+
+    @property
+    def fingerprint(self) -> None:
+        """The images of a source are always the same."""
+
+
+class ImageSource(Source[Images]):
     """A set of training images and a set of test images."""
 
-    reads_files: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def sizes(self) -> tuple[int, int]:
-        """Number of training images and of test images."""
-
-    @property
-    @abstractmethod
-    def origin(self) -> str:
-        """Where the images come from, in a few words."""
-
-    @abstractmethod
-    def load(self, folder: Path | None) -> tuple[Images, Images]:
-        """Return the training images and the test images.
-
-        Args:
-            folder: where the files are; sources without files ignore it.
-
-        Raises:
-            ExperimentError: files are missing or damaged.
-        """
+    examples = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +66,9 @@ class Digits(ImageSource):
         """Scikit-learn."""
         return "scikit-learn"
 
-    def load(self, folder: Path | None) -> tuple[Images, Images]:
+    def load(self, path: Path | None) -> tuple[Images, Images]:
         """Return the two parts of the digits, pixels divided by their highest value 16."""
-        del folder
+        del path
         return _digits(self.sizes[0])
 
 
@@ -120,9 +111,9 @@ class Curves(ImageSource):
         """Generated."""
         return "generated"
 
-    def load(self, folder: Path | None) -> tuple[Images, Images]:
+    def load(self, path: Path | None) -> tuple[Images, Images]:
         """Return generated images, the same ones in every run; they are kept in memory only."""
-        del folder
+        del path
         return _curves(self.train_images, self.test_images)
 
 
@@ -148,17 +139,17 @@ class MNIST(ImageSource):
         """Idx files."""
         return "idx files in --data"
 
-    def load(self, folder: Path | None) -> tuple[Images, Images]:
+    def load(self, path: Path | None) -> tuple[Images, Images]:
         """Return the two parts of MNIST, pixels divided by 255."""
-        if folder is None:
+        if path is None:
             raise ExperimentError(
                 "MNIST needs the folder that holds its idx files, and none was given: "
                 "use --data DIR or set the environment variable CURVLIB_DATA."
             )
-        if not folder.is_dir():
-            raise ExperimentError(f"The data folder {folder} does not exist or is no folder: check --data.")
+        if not path.is_dir():
+            raise ExperimentError(f"The data folder {path} does not exist or is no folder: check --data.")
         train, test = self.sizes
-        return _mnist_part(folder, "train", train), _mnist_part(folder, "t10k", test)
+        return _mnist_part(path, "train", train), _mnist_part(path, "t10k", test)
 
 
 def _mnist_part(folder: Path, part: str, count: int) -> Images:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 
 from curvlib.experiments.methods import METHODS, configure
 from curvlib.experiments.options import AUTOMATIC, options_of
-from curvlib.experiments.problems import PROBLEMS, Problem
+from curvlib.experiments.problems import PROBLEM, PROBLEMS, Problem
 
 
 def problems_table() -> Table:
@@ -15,16 +17,25 @@ def problems_table() -> Table:
     table.add_column("problem", no_wrap=True)
     table.add_column("what", overflow="fold")
     for name, problem in PROBLEMS.items():
-        train, test = problem.images.sizes
-        lines = (
-            problem.description,
-            f"images: {train:,} for training, {test:,} for tests ({problem.images.origin})",
-            f"network: {problem.network}",
-            f"parameters: {problem.network.parameters:,}",
-            f"loss: {problem.task.loss_name}; reported: {problem.task.metric.name}",
-        )
-        table.add_row(name, "\n".join(lines))
+        table.add_row(name, "\n".join(_facts(problem)))
     return table
+
+
+def _facts(problem: Problem) -> Iterator[str]:
+    source, parameters = problem.source, problem.network.parameters
+    yield problem.description
+    if source.sizes is None:
+        yield f"{source.examples}: as many as there are ({source.origin})"
+    else:
+        train, test = source.sizes
+        yield f"{source.examples}: {train:,} for training, {test:,} for tests ({source.origin})"
+    yield f"network: {problem.network}"
+    yield "parameters: " + ("depend on the symbols of the data" if parameters is None else f"{parameters:,}")
+    yield f"loss: {problem.task.loss_name}; reported: {problem.task.metric.name}"
+    if source.baseline is not None:
+        yield f"loss to get below: {source.baseline}"
+    for entry, value in problem.options():
+        yield f"--set {PROBLEM}.{entry.name}={value}: {entry.explanation} ({entry.expectation})"
 
 
 def methods_table(problem: Problem) -> Table:

@@ -18,8 +18,8 @@ import curvlib
 from curvlib.approximations import Approximation
 from curvlib.experiments.curvatures import Curvature, CurvatureChoice
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.options import Bounds, option, options_of
-from curvlib.experiments.problems import Problem
+from curvlib.experiments.options import Bounds, check_options, option, options_of
+from curvlib.experiments.problems import PROBLEM, Problem
 from curvlib.experiments.registry import Registry
 from curvlib.experiments.trainers import ClosureTrainer, GradientTrainer, SecondOrderTrainer, Trainer
 
@@ -46,8 +46,7 @@ class Method(ABC):
     batch_size: int = option(250, "examples a step", _COUNT)
 
     def __post_init__(self) -> None:
-        for entry in options_of(type(self)):
-            entry.check(self.name, getattr(self, entry.name))
+        check_options(self.name, self)
 
     @abstractmethod
     def start(self, model: nn.Module, loss: nn.Module, l2: float, seed: int) -> Trainer:
@@ -233,6 +232,8 @@ def register_method(method: type[Method]) -> None:
     Raises:
         ExperimentError: the name is taken.
     """
+    if method.name == PROBLEM:
+        raise ExperimentError(f"No method can be named {PROBLEM!r}, which is in front of a problem's options.")
     METHODS.register(method.name, method)
 
 

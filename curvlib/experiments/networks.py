@@ -52,7 +52,7 @@ def sparse(layer: nn.Linear) -> None:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Network(ABC):
-    """Description of a network that takes rows of numbers (N, d_in) and gives logits (N, C).
+    """Description of a network that takes N examples, rows of numbers (N, d_in) or others, and gives (N, C, ...).
 
     A subclass is a dataclass with ``repr=False``: the inherited ``repr`` gives the values of all fields and is the same
     in every process.
@@ -62,10 +62,18 @@ class Network(ABC):
     def build(self) -> nn.Module:
         """Return a freshly initialised network on the CPU, drawn from PyTorch's global generator."""
 
+    def for_symbols(self, symbols: int) -> Network:
+        """Return the network for data that decide the size of their alphabet.
+
+        Raises:
+            ExperimentError: this network takes no symbols.
+        """
+        raise ExperimentError(f"{self!r} takes no symbols, and the data have an alphabet of {symbols}: use Recurrent.")
+
     @property
     @abstractmethod
-    def parameters(self) -> int:
-        """D, the number of parameters that are trained."""
+    def parameters(self) -> int | None:
+        """D, the number of parameters that are trained, None where the data decide it."""
 
     def __repr__(self) -> str:
         # Functions by name: their own repr holds an address, which differs from process to process.

@@ -1,4 +1,4 @@
-"""Options of a method: typed, bounded dataclass fields that the command line can set by name."""
+"""Options of methods and problems: typed, bounded dataclass fields that the command line can set by name."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Option:
             raise ExperimentError(f"{owner}.{self.name} must be {self.expectation}, got {value!r}.")
 
     def parse(self, owner: str, text: str) -> Value:
-        """Return the value that a text means; bounds are checked by the method itself."""
+        """Return the value that a text means; bounds are checked by the owner itself."""
         if self.automatic and text == AUTOMATIC:
             return None
         try:
@@ -102,6 +102,20 @@ def option(default: Value, explanation: str, bounds: Bounds) -> Any:
     return dataclasses.field(
         default=default, metadata={"default": default, "explanation": explanation, "bounds": bounds}
     )
+
+
+def check_options(owner: str, settings: Any) -> None:
+    """Refuse options of a dataclass instance that have another type or are out of bounds.
+
+    Args:
+        owner: what stands in front of their names in the message.
+        settings: the instance.
+
+    Raises:
+        ExperimentError: names the first one.
+    """
+    for entry in options_of(type(settings)):
+        entry.check(owner, getattr(settings, entry.name))
 
 
 def options_of(owner: type) -> Iterator[Option]:

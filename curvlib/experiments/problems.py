@@ -1,22 +1,31 @@
-"""The problems: images, a task, a network, and the settings with which the methods train it well.
+"""The problems: data, a task, a network, and the settings with which the methods train it well.
 
 A new problem is one :class:`Problem` given to :func:`register_problem`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.images import MNIST, Curves, Digits, ImageSource
+from curvlib.experiments.images import MNIST, Curves, Digits
 from curvlib.experiments.networks import Convolution, Convolutional, FullyConnected, Network, kaiming, sparse
+from curvlib.experiments.options import Option, Value, options_of
 from curvlib.experiments.registry import Registry
+from curvlib.experiments.sources import Source
 from curvlib.experiments.tasks import Classification, Reconstruction, Task
+
+P = TypeVar("P")
+
+# What stands in front of the name of a problem's option, where that of a method has the method's name.
+PROBLEM = "problem"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,7 @@ class Examples:
     """Inputs and targets, one row an example.
 
     Args:
-        inputs: (N, d_in).
+        inputs: (N, ...).
         targets: (N, ...).
     """
 
@@ -55,11 +64,15 @@ class LoadedProblem:
         train: training examples.
         test: test examples.
         loss: module, whose mean is over examples.
+        symbols: size of the alphabet, where the data decide it.
+        fingerprint: what tells data that a user brought along from others.
     """
 
     train: Examples
     test: Examples
     loss: nn.Module
+    symbols: int | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +82,7 @@ class Problem:
     Args:
         name: what the command line calls it.
         description: one line.
-        images: where the data come from.
+        source: where the data come from.
         task: targets, loss and metric.
         network: the model.
         l2: weight of the regularisation.
@@ -80,8 +93,8 @@ class Problem:
 
     name: str
     description: str
-    images: ImageSource
-    task: Task
+    source: Source[Any]
+    task: Task[Any]
     network: Network
     l2: float = 1e-5
     evaluated_examples: int = 5000
@@ -97,28 +110,59 @@ class Problem:
         """Return, as text, what distinguishes this problem from others of its name, the same in every process."""
         return {
             "problem": self.name,
-            "problem.images": repr(self.images),
+            "problem.source": repr(self.source),
             "problem.task": repr(self.task),
             "problem.network": repr(self.network),
             "problem.l2": repr(self.l2),
             "problem.evaluated_examples": repr(self.evaluated_examples),
         }
 
-    def load(self, folder: Path | None = None) -> LoadedProblem:
+    def load(self, path: Path | None = None) -> LoadedProblem:
         """Return the problem with its data.
 
         Args:
-            folder: where the data files are, for problems that need files.
+            path: where the data are, for problems that need files: a folder or, for a text, the file.
 
         Raises:
             ExperimentError: data are missing or damaged.
         """
-        train, test = self.images.load(folder)
+        train, test = self.source.load(path)
         return LoadedProblem(
-            train=Examples(inputs=train.pixels, targets=self.task.targets(train)),
-            test=Examples(inputs=test.pixels, targets=self.task.targets(test)),
+            train=Examples(inputs=train.inputs, targets=self.task.targets(train)),
+            test=Examples(inputs=test.inputs, targets=self.task.targets(test)),
             loss=self.task.loss(train),
+            symbols=train.symbols,
+            fingerprint=train.fingerprint,
         )
+
+    def options(self) -> Iterator[tuple[Option, Value]]:
+        """Yield the options of data and network that can be set, with their values."""
+        for part in (self.source, self.network):
+            yield from ((entry, getattr(part, entry.name)) for entry in options_of(type(part)))
+
+    def with_options(self, overrides: Mapping[str, str]) -> Problem:
+        """Return the problem with other values of some options.
+
+        Args:
+            overrides: option name to text.
+
+        Raises:
+            ExperimentError: an unknown option, or a value that it does not take.
+        """
+        known = {entry.name: entry for entry, _ in self.options()}
+        values = {}
+        for key, text in overrides.items():
+            if key not in known:
+                names = ", ".join(known) or "none"
+                raise ExperimentError(f"Unknown option {PROBLEM}.{key}. Known options of {self.name}: {names}.")
+            values[key] = known[key].parse(PROBLEM, text)
+        return dataclasses.replace(self, source=_changed(self.source, values), network=_changed(self.network, values))
+
+
+def _changed(part: P, values: Mapping[str, Any]) -> P:
+    """Return a source or a network with those of the values that are its options."""
+    own = {entry.name: values[entry.name] for entry in options_of(type(part)) if entry.name in values}
+    return dataclasses.replace(part, **own)  # type: ignore[type-var]
 
 
 PROBLEMS: Registry[Problem] = Registry("problem")
@@ -137,7 +181,7 @@ register_problem(
     Problem(
         name="digits-autoencoder",
         description="Compress 8x8 digits to 10 numbers and back",
-        images=Digits(),
+        source=Digits(),
         task=Reconstruction(),
         network=FullyConnected(widths=(64, 100, 50, 10, 50, 100, 64), activation=nn.Tanh, linear_layers=(3,)),
         settings={"sgd": {"lr": 0.02}},
@@ -147,7 +191,7 @@ register_problem(
     Problem(
         name="digits-classifier",
         description="Recognise 8x8 digits",
-        images=Digits(),
+        source=Digits(),
         task=Classification(),
         network=FullyConnected(widths=(64, 100, 50, 10), activation=nn.Tanh),
         settings={"sgd": {"lr": 0.1}},
@@ -157,7 +201,7 @@ register_problem(
     Problem(
         name="digits-convnet",
         description="Recognise 8x8 digits with convolutions",
-        images=Digits(),
+        source=Digits(),
         task=Classification(),
         network=Convolutional(
             image=(1, 8, 8),
@@ -175,7 +219,7 @@ register_problem(
     Problem(
         name="curves-autoencoder",
         description="Compress 28x28 images of curves to the 6 numbers that made them",
-        images=Curves(),
+        source=Curves(),
         task=Reconstruction(),
         network=FullyConnected(
             widths=(784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784),
@@ -195,7 +239,7 @@ register_problem(
     Problem(
         name="mnist-autoencoder",
         description="Compress 28x28 digits to 30 numbers and back",
-        images=MNIST(),
+        source=MNIST(),
         task=Reconstruction(),
         network=FullyConnected(
             widths=(784, 1000, 500, 250, 30, 250, 500, 1000, 784), activation=nn.Tanh, linear_layers=(4,)
@@ -212,7 +256,7 @@ register_problem(
     Problem(
         name="mnist-classifier",
         description="Recognise 28x28 digits",
-        images=MNIST(),
+        source=MNIST(),
         task=Classification(),
         network=FullyConnected(widths=(784, 500, 300, 10), activation=nn.ReLU, initialise=kaiming),
         settings={
@@ -227,7 +271,7 @@ register_problem(
     Problem(
         name="mnist-convnet",
         description="Recognise 28x28 digits with convolutions",
-        images=MNIST(),
+        source=MNIST(),
         task=Classification(),
         network=Convolutional(
             image=(1, 28, 28),

@@ -112,11 +112,18 @@ def _width(table: Table) -> int:
 def legend(comparison: Comparison) -> str:
     """Return what the columns of the tables are."""
     problem, metric = comparison.problem, comparison.problem.task.metric
-    evaluated = tuple(min(problem.evaluated_examples, size) for size in problem.images.sizes)
+    source = problem.source
+    if source.sizes is None:
+        count = f"at most {problem.evaluated_examples} training and test {source.examples}"
+    else:
+        train, test = (min(problem.evaluated_examples, size) for size in source.sizes)
+        count = f"{train} training and {test} test {source.examples}"
+    baseline = "" if source.baseline is None else f" (without it {source.baseline})"
     return (
-        f"loss: the objective with its l2 term; {_short_name(metric.higher_is_better)}: {metric.description}; on "
-        f"{evaluated[0]} training and {evaluated[1]} test images; gradients: work, in gradients of one batch; seconds: "
-        "of training alone; seconds to: until the lowest loss that every method reached; *: best of several methods."
+        f"loss: the objective with its l2 term{baseline}; "
+        f"{_short_name(metric.higher_is_better)}: {metric.description}; on {count}; "
+        "gradients: work, in gradients of one batch; seconds: of training alone; "
+        "seconds to: until the lowest loss that every method reached; *: best of several methods."
     )
 
 

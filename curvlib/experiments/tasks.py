@@ -1,9 +1,10 @@
-"""What a network is trained to do with images: targets, loss and the number that is reported."""
+"""What a network is trained to do: targets, loss and the number that is reported. Here the tasks on images."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.images import Images
+from curvlib.experiments.sources import Data
+
+D = TypeVar("D", bound=Data)
 
 
 class Metric(ABC):
@@ -21,7 +25,7 @@ class Metric(ABC):
     higher_is_better: bool
 
     @abstractmethod
-    def __call__(self, outputs: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, ""]:
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
         """Return the mean over the examples."""
 
 
@@ -49,58 +53,58 @@ class Accuracy(Metric):
         return (outputs.argmax(dim=1) == targets).to(outputs.dtype).mean()
 
 
-class Task(ABC):
+class Task(ABC, Generic[D]):
     """Targets, loss and metric of a problem."""
 
     metric: Metric
     loss_name: str
 
     @abstractmethod
-    def targets(self, images: Images) -> Tensor:
-        """Return what the network should answer, one row an image."""
+    def targets(self, data: D) -> Tensor:
+        """Return what the network should answer, one row an example."""
 
     @abstractmethod
-    def loss(self, images: Images) -> nn.Module:
-        """Return the loss module, whose mean is over images."""
+    def loss(self, data: D) -> nn.Module:
+        """Return the loss module, whose mean is over examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reconstruction(Task):
+class Reconstruction(Task[Images]):
     """Auto-encoder: the image itself, pixel-wise cross-entropy summed over pixels and averaged over images."""
 
     metric = SquaredErrorPerImage()
     loss_name = "pixel cross-entropy"
 
-    def targets(self, images: Images) -> Float[Tensor, "N pixels"]:
+    def targets(self, data: Images) -> Float[Tensor, "N pixels"]:
         """Return the pixels."""
-        return images.pixels
+        return data.pixels
 
-    def loss(self, images: Images) -> nn.Module:
+    def loss(self, data: Images) -> nn.Module:
         """Return a binary cross-entropy on logits.
 
         Its mean is over all N x pixels entries; the weight turns the mean over pixels into their sum.
         """
-        return nn.BCEWithLogitsLoss(weight=torch.tensor(float(images.pixels.shape[1])))
+        return nn.BCEWithLogitsLoss(weight=torch.tensor(float(data.pixels.shape[1])))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
+class Classification(Task[Images]):
     """Classifier: the label, cross-entropy averaged over images."""
 
     metric = Accuracy()
     loss_name = "cross-entropy"
 
-    def targets(self, images: Images) -> Int[Tensor, " N"]:
+    def targets(self, data: Images) -> Int[Tensor, " N"]:
         """Return the class numbers.
 
         Raises:
             ExperimentError: the images have no labels.
         """
-        if images.labels is None:
+        if data.labels is None:
             raise ExperimentError("Classification needs labelled images, and these have none: use Reconstruction.")
-        return images.labels
+        return data.labels
 
-    def loss(self, images: Images) -> nn.Module:
+    def loss(self, data: Images) -> nn.Module:
         """Return a cross-entropy."""
-        del images
+        del data
         return nn.CrossEntropyLoss()

@@ -10,6 +10,7 @@ from torch import nn
 
 from curvlib.experiments.budgets import Budget, EvaluationSchedule
 from curvlib.experiments.comparison import Comparison
+from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.problems import Examples, LoadedProblem
 from curvlib.experiments.tasks import Metric
 
@@ -49,10 +50,20 @@ class Workload:
 
 
 def workload_of(comparison: Comparison, loaded: LoadedProblem) -> Workload:
-    """Return the workload of a comparison; this seeds PyTorch's random numbers."""
+    """Return the workload of a comparison; this seeds PyTorch's random numbers.
+
+    Raises:
+        ExperimentError: the data are not those of the comparison.
+    """
     problem, device = comparison.problem, comparison.device
+    if loaded.fingerprint != comparison.data:
+        raise ExperimentError(
+            f"The data of the comparison are {comparison.data}, those given are {loaded.fingerprint}: "
+            "use Comparison(..., data=loaded.fingerprint)."
+        )
     torch.manual_seed(comparison.seed)
-    model = problem.network.build().to(device)
+    network = problem.network if loaded.symbols is None else problem.network.for_symbols(loaded.symbols)
+    model = network.build().to(device)
     return Workload(
         model=model,
         loss=loaded.loss.to(device),

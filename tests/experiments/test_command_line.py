@@ -118,7 +118,35 @@ BAD = {
     "batch": (("compare", "--steps", 1, "--batch-size", 0), "--batch-size"),
     "threads": (("compare", "--steps", 1, "--threads", 0), "--threads"),
     "seed": (("compare", "--steps", 1, "--seed", -1), "--seed"),
-    "set": (("compare", "--steps", 1, "--set", "lr=3"), "needs METHOD.OPTION=VALUE, such as sgd.lr=0.05, got 'lr=3'"),
+    "set": (
+        ("compare", "--steps", 1, "--set", "lr=3"),
+        "needs METHOD.OPTION=VALUE, such as sgd.lr=0.05, or problem.",
+    ),
+    "set problem": (
+        ("compare", "--steps", 1, "--set", "problem="),
+        "or problem.OPTION=VALUE, such as problem.length=100",
+    ),
+    "set no option": (
+        ("compare", "--steps", 1, "--set", "problem.length=3"),
+        "Unknown option problem.length. Known options of digits-autoencoder: none.",
+    ),
+    "set length": (
+        ("compare", "--steps", 1, "--problem", "addition", "--set", "problem.length=1"),
+        "problem.length must be an integer at least 2, got 1.",
+    ),
+    "set words": (
+        ("compare", "--steps", 1, "--problem", "addition", "--set", "problem.length=long"),
+        "problem.length must be an integer at least 2, got 'long'.",
+    ),
+    "set units": (
+        ("compare", "--steps", 1, "--problem", "addition", "--set", "problem.units=0"),
+        "problem.units must be an integer at least 1, got 0.",
+    ),
+    "set unknown": (
+        ("compare", "--steps", 1, "--problem", "addition", "--set", "problem.size=4"),
+        "Known options of addition: train_sequences, test_sequences, length, units.",
+    ),
+    "no text": (("compare", "--steps", 1, "--problem", "character-lm"), "A text file is needed, and none was given"),
     "set nothing": (("compare", "--steps", 1, "--set", "sgd.lr="), "needs METHOD.OPTION=VALUE"),
     "set method": (("compare", "--steps", 1, "--set", "x.lr=3"), "Unknown method 'x'"),
     "set other": (("compare", "--steps", 1, "--method", "sgd", "--set", "adam.lr=3"), "adam is not compared"),
@@ -180,6 +208,17 @@ def test_a_full_disk_is_reported_without_a_traceback(tmp_path, monkeypatch):
     outcome = compare(tmp_path / "out", "--steps", 1)
     assert outcome.exit_code == 1
     assert "No space left" in outcome.output
+
+
+def test_a_layer_that_a_curvature_does_not_take_is_reported_without_a_traceback(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise curvlib.UnsupportedLayerError("KFAC has no layer rule")
+
+    monkeypatch.setattr("curvlib.experiments.command_line.compare", refuse)
+    outcome = compare(tmp_path / "out", "--steps", 1)
+    assert outcome.exit_code == 1
+    assert "KFAC has no layer rule" in outcome.output
+    assert "--curvature exact" in " ".join(outcome.output.split())
 
 
 def test_earlier_results_are_kept_unless_overwritten(tmp_path):

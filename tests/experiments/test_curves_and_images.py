@@ -1,5 +1,6 @@
 """The image sources: the calibration of CURVES, the digits, and what MNIST says when its files are not there."""
 
+import dataclasses
 import gzip
 import os
 import struct
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvlib.experiments import ExperimentError, generate_curves
+from curvlib.experiments import CharacterText, ExperimentError, generate_curves
 from curvlib.experiments.images import MNIST, Curves, Digits, Images
 from curvlib.experiments.problems import PROBLEMS
 from curvlib.experiments.tasks import Classification
@@ -111,16 +112,23 @@ def test_mnist_has_its_published_moments():
 
 
 @pytest.mark.parametrize("name", list(PROBLEMS))
-def test_every_problem_is_what_its_listing_says(name):
+def test_every_problem_is_what_its_listing_says(name, tmp_path):
     problem = PROBLEMS.get(name)
-    model = problem.network.build()
-    assert sum(p.numel() for p in model.parameters()) == problem.network.parameters
-    if isinstance(problem.images, MNIST):
+    network, source = problem.network, problem.source
+    if isinstance(source, MNIST):
         train = Images(pixels=torch.rand(20, 784), labels=torch.arange(20) % 10)
     else:
-        small = Curves(train_images=20, test_images=10) if isinstance(problem.images, Curves) else problem.images
-        train, _ = small.load(None)
+        if isinstance(source, CharacterText):
+            (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 20)
+        small = {"train_images", "test_images", "train_sequences", "test_sequences"}
+        sizes = {field.name: 20 for field in dataclasses.fields(source) if field.name in small}
+        train, _ = dataclasses.replace(source, **sizes).load(tmp_path / "text")
+    if train.symbols is not None:
+        assert network.parameters is None
+        network = network.for_symbols(train.symbols)
+    model = network.build()
+    assert sum(p.numel() for p in model.parameters()) == network.parameters
     targets, loss = problem.task.targets(train), problem.task.loss(train)
-    outputs = model(train.pixels)
+    outputs = model(train.inputs)
     assert loss(outputs, targets).isfinite()
     assert problem.task.metric(outputs, targets).isfinite()

@@ -95,7 +95,8 @@ def test_lists_of_problems_and_methods_are_not_cut_short(width):
         text = printed(problems_table(), width=width)
         assert "\N{HORIZONTAL ELLIPSIS}" not in text
         assert max(len(line) for line in text.splitlines()) <= width
-        assert f"{problem.network.parameters:,}" in text
+        assert problem.network.parameters is None or f"{problem.network.parameters:,}" in text
+        assert all(f"--set problem.{entry.name}={value}" in text for entry, value in problem.options())
         assert name in text
 
 
