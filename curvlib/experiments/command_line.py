@@ -131,8 +131,8 @@ def _run(comparison: Comparison, loaded: LoadedProblem, folder: ResultsFolder) -
             outcome = compare(comparison, loaded, folder, monitor=bars)
     except UnsupportedLayerError as error:
         raise click.ClickException(
-            f"{error}\nOn the command line: leave out the method by naming the others with --method, or use --curvature "
-            "exact. What was written is kept."
+            f"{error}\nOn the command line: leave the method out by naming the others with --method, or use "
+            "--curvature exact. What was written is kept."
         ) from error
     except OSError as error:
         raise click.ClickException(f"Cannot write to {folder.path}: {error}. What was written is kept.") from error
