@@ -4,7 +4,7 @@ A curvature matrix (which output-space vectors) x an approximation (which statis
 operator; a solver turns the operator and a damping into a step; a step control decides how far to go.
 """
 
-from curvlib import approximations, extensions, operators, optimizers, output_losses, solvers
+from curvlib import approximations, extensions, operators, optimizers, output_losses, solvers, spectra
 from curvlib.extensions import UnsupportedLayerError
 from curvlib.matrices import GGN, CurvatureMatrix, EmpiricalFisher, Fisher, Hessian
 from curvlib.objective import Evaluation, FusedKernelWarning, LinearizationError, Objective, StaleEvaluationError
@@ -34,4 +34,5 @@ __all__ = [
     "optimizers",
     "output_losses",
     "solvers",
+    "spectra",
 ]

@@ -18,6 +18,7 @@ ALLOWED = {
     "matrices": {"objective"},
     "approximations": {"extensions", "matrices", "objective", "operators", "output_losses"},
     "solvers": {"operators"},
+    "spectra": {"operators", "solvers"},
     "optimizers": {"approximations", "matrices", "objective", "operators", "output_losses", "solvers"},
     "experiments": {"", "approximations", "optimizers", "output_losses", "solvers"},
 }

@@ -143,6 +143,9 @@ def test_tables_are_complete():
     members |= strategies(curvlib.operators, curvlib.operators.LinearOperator)
     members |= strategies(curvlib.solvers, curvlib.solvers.DampingControl)
     members |= strategies(curvlib.optimizers, curvlib.optimizers.StepRule)
+    for kind in ("TraceEstimator", "DiagonalEstimator", "ProbeDistribution", "SpectrumEnd"):
+        members |= strategies(curvlib.spectra, getattr(curvlib.spectra, kind))
+    members |= {"Lanczos", "SpectralDensity", "Estimate"}
     members |= {
         name
         for name, cls in inspect.getmembers(matrices, inspect.isclass)
