@@ -26,7 +26,6 @@ from curvlib.experiments import (
 )
 from curvlib.experiments import compare as run_comparison
 from curvlib.experiments.recurrent import orthogonal, remembering, sparse_recurrent
-from curvlib.extensions import find_rule
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 12
 SYMBOLS = torch.tensor([[0, 3, 1, 2, 4], [4, 4, 0, 1, 3]])
@@ -179,7 +178,6 @@ def test_methods_without_layer_rules_train_recurrent_networks(tmp_path, problem)
     assert improvements(tmp_path / "b", problem, "hessian-free", steps=2)["hessian-free"] > 0.05
 
 
-@pytest.mark.skipif(find_rule(nn.RNN(1, 1))[0] is None, reason="needs a layer rule for RNN")
 def test_kfac_trains_a_recurrent_network(tmp_path):
     assert improvements(tmp_path / "a", "rowwise-digits-rnn", "kfac", steps=10)["kfac"] > 0.05
 
