@@ -303,6 +303,7 @@ def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> W
         methods=(method,),
         budget=Steps(plan.max_steps),
         seed=seed,
+        data=loaded.fingerprint,
         device=torch.device(plan.device),
         threads=plan.threads,
         schedule=EvaluationSchedule(count=1),  # at the end; the others come from `_advance`
