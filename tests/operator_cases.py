@@ -129,6 +129,26 @@ def sum_of_everything_that_merges(d: Draw):
     return Sum(terms), M + c * N + torch.diag(v) + torch.eye(4, dtype=d.dtype, device=d.device)
 
 
+def sum_of_block_diagonals(d: Draw):
+    """Two on the same coordinates, one of them scaled, and a diagonal: one block diagonal, block by block."""
+    order, c, v = d.permutation(5), d.factor(), d.values(5)
+    M, N, G, A = d.symmetric(2), d.symmetric(2), d.symmetric(1), d.symmetric(3)
+    w = d.values(3)
+    coordinates = (order[:2], order[2:])
+    first = BlockDiagonal((Dense(M), Kronecker((G, A))), coordinates, 5)
+    second = BlockDiagonal((Dense(N), Diagonal(w)), coordinates, 5)
+    dense = _matrix_of([(M + c * N, order[:2]), (_kron(G, A) + c * torch.diag(w), order[2:])], 5)
+    return first + c * second + Diagonal(v), dense + torch.diag(v)
+
+
+def sum_of_block_diagonals_that_do_not_fit(d: Draw):
+    """Other coordinates, and coordinates without a block."""
+    M, N, v = d.symmetric(2), d.symmetric(2), d.values(4)
+    one, other = d.permutation(4)[:2], d.permutation(4)[:2]
+    terms = (BlockDiagonal((Dense(M),), (one,), 4), BlockDiagonal((Dense(N),), (other,), 4), Diagonal(v))
+    return Sum(terms), _matrix_of([(M, one)], 4) + _matrix_of([(N, other)], 4) + torch.diag(v)
+
+
 def sum_of_low_rank_and_identity(d: Draw):
     U, w, v = d.normal(5, 2), d.values(2), d.values(5)
     low_rank = LowRank(U, w, torch.zeros_like(v))
@@ -320,6 +340,8 @@ CASES: dict[str, Callable[[Draw], tuple[LinearOperator, Tensor]]] = {
         shifted,
         sum_of_kronecker_and_diagonal,
         sum_of_everything_that_merges,
+        sum_of_block_diagonals,
+        sum_of_block_diagonals_that_do_not_fit,
         sum_of_low_rank_and_identity,
         block_diagonal,
         block_diagonal_of_structures,

@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from curvlib.approximations.base import (
-    BlockRow,
-    Description,
-    StatisticalApproximation,
-    Statistics,
-    with_l2,
-)
+from curvlib.approximations.base import StatisticalApproximation, with_l2
+from curvlib.approximations.description import BlockRow, Description
+from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer, LayerPlan, UnsupportedLayerError
 from curvlib.matrices import CurvatureMatrix
 from curvlib.objective import Evaluation, Objective
@@ -90,9 +86,13 @@ class AssignedApproximation(StatisticalApproximation):
 
     def operator(self, objective: Objective, statistics: Statistics) -> LinearOperator:
         """Return the block-diagonal operator."""
+        return with_l2(self.operator_of_loss(objective, statistics), objective)
+
+    def operator_of_loss(self, objective: Objective, statistics: Statistics) -> LinearOperator:
+        """Return the block-diagonal operator without the l2 term."""
         layout, blocks, coordinates = objective.layout, [], []
         assignment = self.assign(objective, objective.plan)
-        alone = {name for name in layout.names for key in _fallback_keys(name) if key in statistics.sums}
+        alone = {name for name in layout.names for key in fallback_keys(name) if key in statistics.sums}
         for layer in objective.plan.layers:
             approximation = assignment.layers[layer.name]
             # A layer whose parameters were used outside of its calls has statistics of the fallback only.
@@ -102,12 +102,12 @@ class AssignedApproximation(StatisticalApproximation):
             coordinates.append(layer.coordinates)
         for name in layout.names:
             if name in alone:
-                blocks.append(_fallback_block(name, statistics))
+                blocks.append(fallback_block(name, statistics))
                 coordinates.append(layout.coordinates(name))
         if not blocks:  # everything is excluded
             zeros = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
-            return with_l2(DiagonalOperator(zeros), objective)
-        return with_l2(BlockDiagonalOperator(tuple(blocks), tuple(coordinates), layout.size), objective)
+            return DiagonalOperator(zeros)
+        return BlockDiagonalOperator(tuple(blocks), tuple(coordinates), layout.size)
 
     def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
         """Return each parameter's block; unsupported ones with their reason and what they get instead."""
@@ -146,8 +146,7 @@ def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
 
 
 def _statistics(evaluation: Evaluation, assignment: Assignment, generator: torch.Generator | None) -> Statistics:
-    means: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
+    statistics = Statistics()
     for matrix in assignment.matrices():
         diagonal, dense = (assignment.with_fallback(fallback, matrix) for fallback in ("diagonal", "dense"))
         # one vector of several may see a part of the positions alone
@@ -157,31 +156,23 @@ def _statistics(evaluation: Evaluation, assignment: Assignment, generator: torch
             for factors in evaluation.layer_factors(vector, reached):
                 approximation = assignment.layers[factors.layer.name]
                 if approximation is not None and approximation.matrix == matrix:
-                    approximation.accumulate(factors, means, sums)
+                    approximation.accumulate_into(factors, statistics)
             if diagonal or dense:
-                _accumulate_others(diagonal, dense, evaluation.per_example_vjp(diagonal + dense, vector), sums)
+                rows = evaluation.per_example_vjp(diagonal + dense, vector)
+                _accumulate_others(diagonal, dense, rows, statistics.sums)
     for layer in evaluation.layers:
         approximation = assignment.layers[layer.name]
         if approximation is not None:
-            _fill_with_zeros(approximation, layer, evaluation.outputs, means, sums)
+            _fill_with_zeros(approximation, layer, evaluation.outputs, statistics)
     # parts of a model may have lower precision than the vectors that its operator takes
-    dtype = evaluation.layout.dtype
-    return Statistics(*({key: value.to(dtype) for key, value in part.items()} for part in (means, sums)))
+    return statistics.to(evaluation.layout.dtype)
 
 
-def _fill_with_zeros(
-    approximation: LayerwiseApproximation,
-    layer: Layer,
-    like: Tensor,
-    means: dict[str, Tensor],
-    sums: dict[str, Tensor],
-) -> None:
+def _fill_with_zeros(approximation: LayerwiseApproximation, layer: Layer, like: Tensor, statistics: Statistics) -> None:
     """Add zero statistics for a layer, or one of its maps, that the outputs do not depend on."""
-    if len(layer.maps) == 1 and any(key.startswith(f"{layer.name}|") for key in sums):
+    if len(layer.maps) == 1 and _has_statistics(layer, statistics):
         return
-    zeros = approximation.zeros(layer, like)
-    means.update({key: value for key, value in zeros.means.items() if key not in means})
-    sums.update({key: value for key, value in zeros.sums.items() if key not in sums})
+    statistics.fill(approximation.zeros(layer, like))
 
 
 def _accumulate_others(
@@ -194,26 +185,28 @@ def _accumulate_others(
                 .to(torch.promote_types(gradient.dtype, torch.float32))
                 .flatten()
             )
-            diagonal_key, dense_key = _fallback_keys(name)
+            diagonal_key, dense_key = fallback_keys(name)
             if name in diagonal:
                 add_to(sums, diagonal_key, row.square())
             else:
                 add_to(sums, dense_key, row.outer(row))
 
 
-def _fallback_keys(parameter: str) -> tuple[str, str]:
+def fallback_keys(parameter: str) -> tuple[str, str]:
+    """Return the keys of a parameter's own diagonal and of its own dense block."""
     return f"diagonal of {parameter}", f"block of {parameter}"
 
 
-def _fallback_block(parameter: str, statistics: Statistics) -> LinearOperator:
-    diagonal_key, dense_key = _fallback_keys(parameter)
+def fallback_block(parameter: str, statistics: Statistics) -> LinearOperator:
+    """Return the operator of a parameter outside every layer."""
+    diagonal_key, dense_key = fallback_keys(parameter)
     if diagonal_key in statistics.sums:
         return DiagonalOperator(statistics.sums[diagonal_key])
     return DenseOperator(statistics.sums[dense_key])
 
 
 def _has_statistics(layer: Layer, statistics: Statistics) -> bool:
-    return any(key.startswith(f"{layer.name}|") for key in statistics.sums)
+    return any(key.startswith(f"{layer.name}|") for key in (*statistics.sums, *statistics.roots))
 
 
 def _row(name: str, shape: tuple[int, ...], plan: LayerPlan, assignment: Assignment) -> BlockRow:

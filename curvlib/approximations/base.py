@@ -7,88 +7,24 @@ over several batches it is the curvature of the loss on all of them together, pl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from math import isfinite
+from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
+from curvlib.approximations.description import BlockRow, Description
+from curvlib.approximations.statistics import NonFiniteStatisticsError, Statistics
 from curvlib.extensions import LayerPlan
 from curvlib.objective import Batch, Evaluation, Objective
-from curvlib.operators import LinearOperator, Shifted, full_precision
+from curvlib.operators import LinearOperator, Scaled, Shifted, Sum, full_precision
+from curvlib.operators.structure import remove_shift
 from curvlib.output_losses import NoTargetsError
-
-
-@dataclass(frozen=True)
-class BlockRow:
-    """One line of a description: a parameter, where it belongs and how often that is called, its block, and why."""
-
-    parameter: str
-    shape: tuple[int, ...]
-    layer: str
-    calls: str
-    block: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Description:
-    """Which block each parameter gets; ``str()`` is a table."""
-
-    approximation: str
-    rows: tuple[BlockRow, ...]
-
-    def __str__(self) -> str:
-        head = ("parameter", "shape", "layer", "calls", "block", "why")
-        lines = [(row.parameter, _shape(row.shape), row.layer, row.calls, row.block, row.reason) for row in self.rows]
-        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [head, *lines]
-        ]
-        return "\n".join([self.approximation, table[0], "  ".join("-" * width for width in widths), *table[1:]])
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Tensors that add up over batches, each kind with its own weights.
-
-    A vector over the lags of time series may be longer in one batch than in another: behind its end it is zero.
-
-    Attributes:
-        means: averages over examples (K-FAC's A): batches count by their number of examples.
-        sums: quantities on the objective's scale (K-FAC's G, a diagonal): batches count by their part of the objective.
-    """
-
-    means: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def times(self, mean_weight: float | Tensor, sum_weight: float | Tensor) -> Statistics:
-        """Return the statistics with the two kinds multiplied by a factor each."""
-        return Statistics(
-            {key: mean_weight * value for key, value in self.means.items()},
-            {key: sum_weight * value for key, value in self.sums.items()},
-        )
-
-    def __add__(self, other: Statistics) -> Statistics:
-        if self.means.keys() != other.means.keys() or self.sums.keys() != other.sums.keys():
-            wrong = sorted((self.means.keys() ^ other.means.keys()) | (self.sums.keys() ^ other.sums.keys()))
-            raise ValueError(f"statistics of different layers cannot be added; only one side has {', '.join(wrong)}.")
-        return Statistics(
-            {key: _plus(value, other.means[key]) for key, value in self.means.items()},
-            {key: _plus(value, other.sums[key]) for key, value in self.sums.items()},
-        )
-
-    def is_finite(self) -> bool:
-        """Whether all entries are finite. Waits for the device once."""
-        finite = [value.isfinite().all() for value in (*self.means.values(), *self.sums.values())]
-        return bool(torch.stack(finite).all()) if finite else True
-
-
-class NonFiniteStatisticsError(ArithmeticError):
-    """The statistics of a batch hold NaN or infinity, so that they make no curvature matrix."""
 
 
 class Approximation(ABC):
@@ -100,7 +36,28 @@ class Approximation(ABC):
         >>> evaluation = objective.at((torch.ones(4, 3), torch.zeros(4, 2)))
         >>> curvlib.approximations.KFAC(curvlib.GGN()).estimate(evaluation).shape
         (8, 8)
+
+    Weighted sums of approximations are approximations, such as ``0.9 * KFAC(GGN()) + 0.1 * Diagonal(GGN())``: see
+    :class:`WeightedSum`.
     """
+
+    # Whether the l2 term is part of the estimates, as in every curvature of the objective.
+    includes_l2: ClassVar[bool] = True
+    # NumPy would otherwise take the approximation for a scalar.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Approximation) -> Approximation:
+        return weighted_sum(*self._terms(), *other._terms()) if isinstance(other, Approximation) else NotImplemented
+
+    def __mul__(self, factor: float) -> Approximation:
+        if not isinstance(factor, Real) or isinstance(factor, bool):
+            return NotImplemented
+        return weighted_sum(*((float(factor) * weight, part) for weight, part in self._terms()))
+
+    __rmul__ = __mul__
+
+    def _terms(self) -> tuple[tuple[float, Approximation], ...]:
+        return ((1.0, self),)
 
     @abstractmethod
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
@@ -181,14 +138,8 @@ class StatisticalApproximation(Approximation):
         """Return the operator of the statistics of all batches."""
         self.check(objective)
         total, examples, weight = None, 0, torch.zeros((), dtype=objective.layout.dtype, device=objective.layout.device)
-        for batch in tqdm(loader, desc=f"{type(self).__name__} statistics", disable=not progress, unit="batch"):
-            try:
-                evaluation = objective.at(batch, linearize=False)
-            except NoTargetsError:
-                continue  # all of its targets are ignored: it has no weight in the whole
-            batch_weight = objective.loss.batch_weight(evaluation.outputs, evaluation.targets)
-            if float(batch_weight) == 0:
-                continue  # the same on devices where targets are not looked at beforehand
+        bar = tqdm(loader, desc=f"{type(self).__name__} statistics", disable=not progress, unit="batch")
+        for evaluation, batch_weight in weighted_evaluations(objective, bar):
             part = self.statistics(evaluation, generator).times(evaluation.counted_examples, batch_weight)
             total = part if total is None else total + part
             examples, weight = examples + evaluation.counted_examples, weight + batch_weight
@@ -207,17 +158,155 @@ class StatisticalApproximation(Approximation):
         )
 
 
-def _plus(value: Tensor, other: Tensor) -> Tensor:
-    if value.ndim == 1 and len(value) != len(other):
-        short, long = sorted((value, other), key=len)
-        return long + functional.pad(short, (0, len(long) - len(short)))
-    return value + other
-
-
 def with_l2(operator: LinearOperator, objective: Objective) -> LinearOperator:
     """Return C + eta I, the curvature of the objective with its l2 term."""
     return Shifted(operator, objective.l2) if objective.l2 > 0 else operator
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
+def check_repeatable(what: str, loader: Iterable[Batch]) -> None:
+    """Raise TypeError for a loader that can be iterated once only."""
+    if iter(loader) is loader:
+        raise TypeError(
+            f"{what} runs through the loader several times, but this one can be iterated once only: give a list or a "
+            "DataLoader instead of an iterator."
+        )
+
+
+def weighted_evaluations(objective: Objective, loader: Iterable[Batch]) -> Iterator[tuple[Evaluation, Tensor]]:
+    """Yield the evaluation of every batch that has a target, and its weight in the whole."""
+    for batch in loader:
+        try:
+            evaluation = objective.at(batch, linearize=False)
+        except NoTargetsError:
+            continue  # all of its targets are ignored: it has no weight in the whole
+        weight = objective.loss.batch_weight(evaluation.outputs, evaluation.targets)
+        if float(weight) != 0:  # the same on devices where targets are not looked at beforehand
+            yield evaluation, weight
+
+
+@dataclass(frozen=True, repr=False)
+class WeightedSum(Approximation):
+    """sum_i w_i C_i + eta I: approximations C_i of the loss's curvature with weights, the l2 term counted once.
+
+    Made by ``2.0 * KFAC(GGN()) + Exact(Hessian())``. The parts draw their random numbers one after another: two parts
+    of ``Fisher()`` have labels of their own. Where all parts have statistics that average, the sum has them too: see
+    :class:`StatisticalWeightedSum`.
+
+    Args:
+        parts: pairs (w_i, approximation), the weights finite and of any sign.
+
+    Raises:
+        TypeError: a part is no such pair.
+        ValueError: a weight is not finite, or there is no part.
+
+    Example:
+        >>> import curvlib
+        >>> from curvlib.approximations import KFAC, Exact
+        >>> 0.5 * (KFAC(curvlib.GGN()) + 2.0 * Exact(curvlib.Hessian()))
+        0.5 * KFAC(matrix=GGN(), on_unsupported='raise', weight_sharing=Expand()) + 1.0 * Exact(matrix=Hessian())
+    """
+
+    parts: tuple[tuple[float, Approximation], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(tuple(part) for part in self.parts))
+        if not self.parts:
+            raise ValueError(f"{type(self).__name__} needs at least one pair (weight, approximation), got none.")
+        for weight, part in self.parts:
+            if not isinstance(part, self._kind()):
+                raise TypeError(f"{type(self).__name__} needs parts of type {self._kind().__name__}, got {part!r}.")
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not isfinite(weight):
+                raise ValueError(f"{type(self).__name__} needs finite weights, got {weight!r} for {part!r}.")
+
+    @classmethod
+    def _kind(cls) -> type[Approximation]:
+        return Approximation
+
+    def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
+        """Return the weighted sum of the parts' operators."""
+        operators = [part.estimate(evaluation, generator) for _, part in self.parts]
+        return self._sum(operators, evaluation.objective)
+
+    def estimate_over(
+        self,
+        objective: Objective,
+        loader: Iterable[Batch],
+        generator: torch.Generator | None = None,
+        *,
+        progress: bool = True,
+    ) -> LinearOperator:
+        """Return the weighted sum of the parts' operators over the loader, which each part runs through by itself.
+
+        Raises:
+            TypeError: the loader can be iterated once only.
+        """
+        self.check(objective)
+        check_repeatable("estimate_over of a weighted sum", loader)
+        operators = [part.estimate_over(objective, loader, generator, progress=progress) for _, part in self.parts]
+        return self._sum(operators, objective)
+
+    def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
+        """Return for each parameter the blocks of all parts."""
+        tables = [part.describe(objective, plan).rows for _, part in self.parts]
+        rows = []
+        for together in zip(*tables, strict=True):
+            blocks = [f"{weight:g} x ({row.block})" for (weight, _), row in zip(self.parts, together, strict=True)]
+            first, reasons = together[0], dict.fromkeys(row.reason for row in together)
+            layer = next((row for row in together if row.layer != "-"), first)
+            rows.append(
+                BlockRow(first.parameter, first.shape, layer.layer, layer.calls, " + ".join(blocks), "; ".join(reasons))
+            )
+        return Description(repr(self), tuple(rows))
+
+    def check(self, objective: Objective) -> None:
+        """Refuse what one of the parts refuses."""
+        for _, part in self.parts:
+            part.check(objective)
+
+    def _terms(self) -> tuple[tuple[float, Approximation], ...]:
+        return self.parts
+
+    def _sum(self, operators: list[LinearOperator], objective: Objective) -> LinearOperator:
+        terms = []
+        for (weight, part), operator in zip(self.parts, operators, strict=True):
+            term = remove_shift(operator, objective.l2) if part.includes_l2 else operator
+            terms.append(term if weight == 1.0 else Scaled(weight, term))
+        return with_l2(terms[0] if len(terms) == 1 else Sum(tuple(terms)), objective)
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{weight!r} * {part!r}" for weight, part in self.parts)
+
+
+class StatisticalWeightedSum(WeightedSum, StatisticalApproximation):
+    """A :class:`WeightedSum` of approximations whose statistics average: with MovingAverage, and in one pass over data.
+
+    The weights multiply the operators, not the statistics, so that products of statistics such as K-FAC's count once.
+    """
+
+    @classmethod
+    def _kind(cls) -> type[Approximation]:
+        return StatisticalApproximation
+
+    estimate = StatisticalApproximation.estimate
+    estimate_over = StatisticalApproximation.estimate_over
+
+    def statistics(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Statistics:
+        """Return the statistics of all parts, each under the number of its part."""
+        named = [part.statistics(evaluation, generator).renamed(f"{i}: ".__add__) for i, part in self._numbered()]
+        return reduce(Statistics.joined, named)
+
+    def operator(self, objective: Objective, statistics: Statistics) -> LinearOperator:
+        """Return the weighted sum of the parts' operators."""
+        operators = [part.operator(objective, statistics.under(f"{i}: ")) for i, part in self._numbered()]
+        return self._sum(operators, objective)
+
+    def _numbered(self) -> Iterator[tuple[int, StatisticalApproximation]]:
+        for i, (_, part) in enumerate(self.parts):
+            assert isinstance(part, StatisticalApproximation)  # checked at construction
+            yield i, part
+
+
+def weighted_sum(*parts: tuple[float, Approximation]) -> WeightedSum:
+    """Return the sum with weights, with statistics where all parts have them."""
+    statistical = all(isinstance(part, StatisticalApproximation) for _, part in parts)
+    return (StatisticalWeightedSum if statistical else WeightedSum)(parts)

@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlib.approximations.assignment import Fallback, add_to, layer_key
-from curvlib.approximations.base import Statistics
 from curvlib.approximations.layerwise import LayerwiseApproximation
+from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer, LayerFactors
 from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.operators import LinearOperator

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from curvlib.approximations.base import Description, StatisticalApproximation, Statistics, with_l2
+from curvlib.approximations.base import StatisticalApproximation, with_l2
+from curvlib.approximations.description import Description
 from curvlib.approximations.exact import whole_matrix
+from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import LayerPlan
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import Identity as IdentityOperator

@@ -12,8 +12,8 @@ from typing import ClassVar, get_args
 from torch import Tensor
 
 from curvlib.approximations.assignment import AssignedApproximation, Assignment, Fallback
-from curvlib.approximations.base import Statistics
 from curvlib.approximations.exact import check_matrix
+from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer, LayerFactors, LayerPlan
 from curvlib.matrices import CurvatureMatrix
 from curvlib.objective import Objective
@@ -52,6 +52,15 @@ class LayerwiseApproximation(AssignedApproximation):
     @abstractmethod
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add one layer's part for one vector v_k to the statistics, under keys that start with the layer's name."""
+
+    def accumulate_into(self, factors: LayerFactors, statistics: Statistics) -> None:
+        """Add one layer's part for one vector; for those that keep other kinds of statistics than these two."""
+        self.accumulate(factors, statistics.means, statistics.sums)
+
+    @property
+    def alone(self) -> str | None:
+        """Why ``PerLayer`` cannot mix it with others, None where it can."""
+        return None
 
     @abstractmethod
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:

@@ -85,6 +85,7 @@ class MovingAverage:
             "skipped": self.skipped,
             "means": dict(statistics.means) if statistics else None,
             "sums": dict(statistics.sums) if statistics else None,
+            "roots": dict(statistics.roots) if statistics else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,4 +100,5 @@ class MovingAverage:
             )
         self.updates, self.skipped = state["updates"], state["skipped"]
         empty = state["means"] is None
-        self._statistics = None if empty else Statistics(dict(state["means"]), dict(state["sums"]))
+        kinds = (dict(state.get(kind) or {}) for kind in ("means", "sums", "roots"))
+        self._statistics = None if empty else Statistics(*kinds)

@@ -63,6 +63,8 @@ class PerLayer(AssignedApproximation):
                     "PerLayer needs layerwise approximations such as KFAC(Fisher()), Diagonal(GGN()) or None, got "
                     f"{approximation!r}."
                 )
+            if approximation is not None and approximation.alone is not None:
+                raise TypeError(f"PerLayer cannot mix {approximation!r} with others: {approximation.alone}.")
 
     def assign(self, objective: Objective, plan: LayerPlan) -> Assignment:
         """Return the first choice that fits each layer and each other parameter."""

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlib.approximations.base import Approximation, Description
-from curvlib.approximations.exact import Sweep, check_finite, whole_matrix
+from curvlib.approximations.base import Approximation
+from curvlib.approximations.description import Description
+from curvlib.approximations.exact import whole_matrix
 from curvlib.approximations.joint import Map, ObservedProducts
+from curvlib.approximations.loss_curvature import OverLoader, check_finite
 from curvlib.approximations.matching import MatchingLoss, SquaredChange
 from curvlib.extensions import LayerPlan
 from curvlib.matrices import Products
 from curvlib.objective import Batch, Evaluation, Objective, ObservedPass
-from curvlib.operators import LinearOperator, MatrixFree
+from curvlib.operators import LinearOperator
 
 Selector = str | type[nn.Module] | nn.Module
 
@@ -60,6 +63,7 @@ class StructuralDamping(Approximation):
         (13, 13)
     """
 
+    includes_l2: ClassVar[bool] = False
     modules: tuple[Selector, ...] = (nn.RNNBase, nn.RNNCellBase)
     loss: MatchingLoss = field(default_factory=SquaredChange)
 
@@ -95,9 +99,8 @@ class StructuralDamping(Approximation):
     ) -> LinearOperator:
         """Return S of all batches together, by products that run through the loader; see ``Exact.estimate_over``."""
         self.check(objective)
-        sweep = Sweep(objective, _InBatches(self), loader, generator, progress, batch_weight=_batch_weight)
-        layout = objective.layout
-        return MatrixFree(sweep.matmat, layout.size, layout.dtype, layout.device, quadratic_form=sweep.quadratic_form)
+        batches = _InBatches(self)
+        return OverLoader(objective, batches, loader, generator, progress, batch_weight=_batch_weight).operator()
 
     def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
         """All parameters are in one exact block."""

@@ -130,16 +130,46 @@ def _(operator: Shifted, values: Float[Tensor, " D"]) -> LinearOperator | None:
     return add_diagonal(operator.operator, values + operator.shift)
 
 
+@add_diagonal.register
+def _(operator: BlockDiagonal, values: Float[Tensor, " D"]) -> LinearOperator | None:
+    if len(operator.uncovered()):
+        return None
+    pairs = zip(operator.blocks, operator.coordinates, strict=True)
+    parts = [(block, values.index_select(0, index)) for block, index in pairs]
+    # Where a block and its diagonal have no common structure, the sum is at least the block's alone.
+    return operator.with_blocks(
+        tuple(add_diagonal(block, part) or Sum((block, Diagonal(part))) for block, part in parts)
+    )
+
+
 @singledispatch
 def add_shift(operator: LinearOperator, shift: float) -> LinearOperator | None:
     """Return C + shift I as one structure, or None where the sum has none."""
     return add_diagonal(operator, torch.full((operator.size,), shift, dtype=operator.dtype, device=operator.device))
 
 
+@add_shift.register
+def _(operator: BlockDiagonal, shift: float) -> LinearOperator | None:
+    if len(operator.uncovered()):
+        return None
+    return operator.with_blocks(tuple(add_shift(block, shift) or Shifted(block, shift) for block in operator.blocks))
+
+
 @add_shift.register(KroneckerEigen)
 @add_shift.register(KroneckerEigenStack)
 def _(operator: KroneckerEigen | KroneckerEigenStack, shift: float) -> LinearOperator:
     return operator.map(lambda eigenvalues: eigenvalues + shift)
+
+
+@singledispatch
+def remove_shift(operator: LinearOperator, shift: float) -> LinearOperator:
+    """Return C - shift I; for C = B + shift I that is B itself, without rounding."""
+    return operator if shift == 0.0 else Shifted(operator, -shift)
+
+
+@remove_shift.register
+def _(operator: Shifted, shift: float) -> LinearOperator:
+    return operator.operator if operator.shift == shift else Shifted(operator.operator, operator.shift - shift)
 
 
 @singledispatch
@@ -178,6 +208,23 @@ def _(operator: Scaled | Shifted) -> Float[Tensor, "D D"] | None:
 
 
 @singledispatch
+def blocks_of(operator: LinearOperator) -> BlockDiagonal | None:
+    """Return an operator as blocks on disjoint coordinates where that is its structure, None for any other."""
+    return None
+
+
+@blocks_of.register
+def _(operator: BlockDiagonal) -> BlockDiagonal:
+    return operator
+
+
+@blocks_of.register
+def _(operator: Scaled) -> BlockDiagonal | None:
+    inner = blocks_of(operator.operator)
+    return None if inner is None else inner.with_blocks(tuple(Scaled(operator.factor, C) for C in inner.blocks))
+
+
+@singledispatch
 def identity_multiple(operator: LinearOperator) -> float | None:
     """Return c for an operator that is c I by its structure, None for any other."""
     return None
@@ -211,9 +258,10 @@ def _(operator: Sum) -> tuple[LinearOperator, ...]:
 
 
 def merge(operator: Sum) -> tuple[LinearOperator, float]:
-    """Return (R, c) with R + c I equal to the sum: multiples of I in c, diagonals and full matrices added up in R.
+    """Return (R, c) with R + c I equal to the sum: multiples of I in c; diagonals, full matrices and blocks in R.
 
-    R is a :class:`Sum` only where its terms have no common structure.
+    Blocks on the same coordinates become sums, block by block. R is a :class:`Sum` only where its terms have no common
+    structure.
     """
     terms = _terms(operator)
     multiples = [identity_multiple(term) for term in terms]
@@ -225,6 +273,7 @@ def merge(operator: Sum) -> tuple[LinearOperator, float]:
     rest = [term for term in rest if dense_matrix(term) is None]
     if matrices:
         rest.append(Dense(reduce(add, matrices)))
+    rest = _blockwise(rest)
     if diagonals:
         values = reduce(add, diagonals)
         joined = add_diagonal(rest[0], values) if len(rest) == 1 else None
@@ -232,3 +281,27 @@ def merge(operator: Sum) -> tuple[LinearOperator, float]:
     if not rest:
         return Scaled(0.0, Identity(operator.size, operator.dtype, operator.device)), shift
     return (rest[0] if len(rest) == 1 else Sum(tuple(rest))), shift
+
+
+def _blockwise(terms: list[LinearOperator]) -> list[LinearOperator]:
+    """Add up, block by block, the block-diagonal terms that have the coordinates of the first of them."""
+    blocks = [blocks_of(term) for term in terms]
+    first = next((operator for operator in blocks if operator is not None), None)
+    if first is None:
+        return terms
+    together = [operator for operator in blocks if operator is not None and _same_coordinates(operator, first)]
+    if len(together) == 1:
+        return terms
+    others = [
+        term
+        for term, operator in zip(terms, blocks, strict=True)
+        if operator is None or not _same_coordinates(operator, first)
+    ]
+    columns = zip(*(operator.blocks for operator in together), strict=True)
+    return [first.with_blocks(tuple(Sum(tuple(column)) for column in columns)), *others]
+
+
+def _same_coordinates(one: BlockDiagonal, other: BlockDiagonal) -> bool:
+    return len(one.coordinates) == len(other.coordinates) and all(
+        torch.equal(mine, its) for mine, its in zip(one.coordinates, other.coordinates, strict=True)
+    )

@@ -98,6 +98,8 @@ WITHOUT_DETERMINANT = {
     "scaled_matrix_free",
     "sum_of_kronecker_and_diagonal",
     "sum_of_everything_that_merges",
+    "sum_of_block_diagonals",
+    "sum_of_block_diagonals_that_do_not_fit",
     "sum_of_low_rank_and_identity",
     "block_diagonal",
     "kronecker_of_any",

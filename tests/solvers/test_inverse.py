@@ -41,6 +41,8 @@ CPU = torch.device("cpu")
 BY_CG = {
     "scaled_matrix_free",
     "sum_of_kronecker_and_diagonal",
+    "sum_of_block_diagonals",
+    "sum_of_block_diagonals_that_do_not_fit",
     "block_diagonal",
     "kronecker_congruence",
     "kronecker_congruence_of_two_terms",
@@ -155,6 +157,20 @@ def test_structures_of_inverses():
     assert type(damped_inverse(kronecker + 2.0 * Identity(6, d.dtype), 1.0)) is KroneckerEigen
     low_rank = LowRank(d.normal(5, 2), d.values(2), d.values(5))
     assert type(damped_inverse(3.0 * low_rank + Diagonal(d.values(5)), 1.0)) is LowRank
+
+
+def test_sums_of_block_diagonals_are_solved_block_by_block():
+    d = draw(0, CPU)
+    coordinates = (torch.tensor([3, 0]), torch.tensor([1, 2]))
+    one, other = (BlockDiagonal((Dense(d.symmetric(2)), Diagonal(d.values(2))), coordinates, 4) for _ in range(2))
+    inverse = damped_inverse(one + 2.0 * other + Diagonal(d.values(4)), 1.0)
+    assert type(inverse) is BlockDiagonal
+    assert [type(block) for block in inverse.blocks] == [CholeskyInverse, Diagonal]
+    eigen = eigendecompose(one + other)
+    assert [type(block) for block in eigen.blocks] == [KroneckerEigen, Diagonal]
+    shifted = damped_inverse(Shifted(one, -0.5), 0.4 + float(one.trace()))
+    assert type(shifted) is BlockDiagonal
+    assert not contains_cg(shifted)
 
 
 def test_a_kronecker_basis_has_no_matrix_for_a_diagonal_factor():
