@@ -1,51 +1,131 @@
-"""The diagonal blocks of a curvature matrix, one dense block a layer.
+"""The diagonal blocks of a curvature matrix, for any partition of the parameters.
 
-Symbols: N examples, J_n^T v the gradient of one example for the output-space vector v.
+Symbols: N examples, J_n^T v the gradient of one example for the output-space vector v, B blocks of one size d.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from curvlib.approximations.assignment import Fallback, layer_key
-from curvlib.approximations.base import Statistics
+from curvlib.approximations.block_kinds import BlockKind, DenseBlocks
+from curvlib.approximations.description import BlockRow, Description
+from curvlib.approximations.grouped_blocks import grouped_operator, grouped_statistics
 from curvlib.approximations.layerwise import LayerwiseApproximation
-from curvlib.extensions import Layer, LayerFactors, gram
-from curvlib.operators import Dense as DenseOperator
-from curvlib.operators import LinearOperator
+from curvlib.approximations.partition import ByLayer, LayerPartition, Partition
+from curvlib.approximations.statistics import Statistics
+from curvlib.extensions import Layer, LayerFactors, LayerPlan
+from curvlib.objective import Evaluation, Objective
+from curvlib.operators import LinearOperator, full_precision
 
 
 @dataclass(frozen=True)
 class BlockDiagonal(LayerwiseApproximation):
-    """Block of a layer = sum_n sum_k (J_n^T v_k)(J_n^T v_k)^T: exact for the given matrix.
+    """Block = sum_n sum_k x x^T, x the block's part of J_n^T v_k: exact for the given matrix where blocks are dense.
 
-    Memory is the square of each layer's number of parameters; per-example gradients are made in chunks of at most
-    64 MiB in float32, or of one example.
+    Memory of dense blocks is the square of each one's size; per-example gradients are made in chunks of at most 64 MiB
+    in float32, or of one example. A block that spans layers needs its part of the gradients of all examples at once.
 
     Args:
         matrix: ``GGN()``, ``Fisher()`` or ``EmpiricalFisher()``.
-        on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" or "exclude".
+        partition: ``ByLayer()``, ``ByOutputUnit()``, ``ByParameter()``, ``ByGroups(names)`` or ``ByLabel(function)``.
+        blocks: ``DenseBlocks()``, or ``LowRankBlocks(rank)`` as in TONGA.
+        on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" (their place in the
+            partition; a dense block each where the partition is one of layers) or "exclude".
     """
 
+    partition: Partition | LayerPartition = field(default_factory=ByLayer, kw_only=True)
+    blocks: BlockKind = field(default_factory=DenseBlocks, kw_only=True)
     own_fallback: ClassVar[Fallback | None] = "dense"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.partition, (Partition, LayerPartition)):
+            raise TypeError(
+                "BlockDiagonal needs partition to be ByLayer(), ByOutputUnit(), ByParameter(), ByGroups(names) or "
+                f"ByLabel(function), got {self.partition!r}."
+            )
+        if not isinstance(self.blocks, BlockKind):
+            raise TypeError(f"BlockDiagonal needs blocks to be DenseBlocks() or LowRankBlocks(r), got {self.blocks!r}.")
+
+    @property
+    def alone(self) -> str | None:
+        """Why ``PerLayer`` cannot mix it with others, None where it can."""
+        within = isinstance(self.partition, LayerPartition)
+        return None if within else f"{self.partition!r} makes blocks that are not parts of one layer"
+
+    def check(self, objective: Objective) -> None:
+        """Refuse parameters outside every layer unless a fallback was chosen, and a partition that does not fit."""
+        super().check(objective)
+        if isinstance(self.partition, Partition):
+            self.partition.check(objective)
+
+    def statistics(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Statistics:
+        """Return the statistics of all blocks: one backward pass for each vector."""
+        if isinstance(self.partition, LayerPartition):
+            return super().statistics(evaluation, generator)
+        evaluation.check_fresh()
+        assignment = self._checked(evaluation.objective, evaluation.plan)
+        evaluation.check_examples_are_independent()
+        groups = self.partition.groups(evaluation.objective, evaluation.plan)
+        with full_precision(evaluation.layout.device):
+            vectors = self.matrix.vectors(evaluation, generator)
+            return grouped_statistics(evaluation, vectors, groups, self.blocks, assignment)
+
+    def operator_of_loss(self, objective: Objective, statistics: Statistics) -> LinearOperator:
+        """Return the block-diagonal operator without the l2 term."""
+        if isinstance(self.partition, LayerPartition):
+            return super().operator_of_loss(objective, statistics)
+        return grouped_operator(objective, self.partition.groups(objective, objective.plan), self.blocks, statistics)
+
+    def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
+        """Return each parameter's block, and with which parameters it shares it."""
+        table = super().describe(objective, plan)
+        if isinstance(self.partition, LayerPartition):
+            return table
+        plan = plan if plan is not None else objective.plan
+        of = {name: group for group in self.partition.groups(objective, plan) for name in group.parameters}
+        others = self.assign(objective, plan).others
+        rows = []
+        for row in table.rows:
+            if others.get(row.parameter, ("dense", None))[0] != "dense":
+                rows.append(row)
+                continue
+            group = of[row.parameter]
+            block = self.blocks.describe(*group.coordinates.shape)
+            rows.append(BlockRow(row.parameter, row.shape, row.layer, row.calls, f"{group.name}: {block}", row.reason))
+        return Description(table.approximation, tuple(rows))
+
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-        """Add the outer products of the per-example gradients."""
-        key = layer_key(factors.layer, "block")
+        """Add the outer products of the per-example gradients (of dense blocks)."""
+        self.accumulate_into(factors, Statistics(means, sums))
+
+    def accumulate_into(self, factors: LayerFactors, statistics: Statistics) -> None:
+        """Add the outer products of the per-example gradients to the blocks of whatever kind."""
+        blocks = self._blocks_of(factors.layer)
         for rows in factors.per_example_gradients():
-            sums[key] = sums[key].add_(gram(rows)) if key in sums else gram(rows)
+            self.blocks.add(statistics, layer_key(factors.layer, "block"), rows.view(len(rows), blocks, -1))
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
-        """Return a zero block."""
-        return Statistics(sums={layer_key(layer, "block"): like.new_zeros(layer.size, layer.size)})
+        """Return zero blocks."""
+        blocks = self._blocks_of(layer)
+        return self.blocks.zeros(layer_key(layer, "block"), blocks, layer.size // blocks, like)
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
-        """Return the dense block of one layer."""
-        return DenseOperator(statistics.sums[layer_key(layer, "block")])
+        """Return the blocks of one layer."""
+        return self.blocks.operator(statistics, layer_key(layer, "block"))
 
     def describe_block(self, layer: Layer) -> str:
-        """Name the size of the block."""
-        return f"dense {layer.size} x {layer.size}"
+        """Name number and size of the blocks, where they are parts of the layer."""
+        if not isinstance(self.partition, LayerPartition):
+            return f"part of {self.partition!r}"
+        blocks = self._blocks_of(layer)
+        return self.blocks.describe(blocks, layer.size // blocks)
+
+    def _blocks_of(self, layer: Layer) -> int:
+        assert isinstance(self.partition, LayerPartition)  # others do not come here
+        return self.partition.blocks_of(layer)

@@ -1,0 +1,233 @@
+r"""Limited-memory BFGS as a curvature: low rank plus a multiple of the identity, from pairs of steps.
+
+Symbols: D parameters, m pairs, s (D,) a step, y (D,) the change of the gradient along it, S, Y (D, m) their columns
+from the oldest to the latest, delta the curvature that the pairs say nothing about.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlib.objective import Objective
+from curvlib.operators import LinearOperator, LowRank
+
+Vector = Float[Tensor, " D"]
+
+
+class PairRule(ABC):
+    """What is done with a pair whose s^T y is not positive, which would make B indefinite."""
+
+    @abstractmethod
+    def admit(self, s: Vector, y: Vector, product: Callable[[Vector], Vector]) -> Vector | None:
+        """Return the y to use, or None to leave the pair out.
+
+        Args:
+            s: the step (D,), float64.
+            y: the change of the gradient (D,), float64.
+            product: v -> B v with the pairs so far.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipPairs(PairRule):
+    """Pairs with s^T y <= threshold |s| |y| are left out.
+
+    Args:
+        threshold: at least 0, below 1.
+    """
+
+    threshold: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"SkipPairs needs 0 <= threshold < 1, got {self.threshold!r}.")
+
+    def admit(self, s: Vector, y: Vector, product: Callable[[Vector], Vector]) -> Vector | None:
+        """Return y itself, or None."""
+        return y if bool(s @ y > self.threshold * s.norm() * y.norm()) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowellDamping(PairRule):
+    """y is moved towards B s until s^T y >= fraction s^T B s; only a step of length zero is left out.
+
+    y' = t y + (1 - t) B s, t = (1 - fraction) s^T B s / (s^T B s - s^T y) where s^T y is smaller, 1 otherwise.
+
+    Source: Powell 1978; Nocedal & Wright 2006, procedure 18.2.
+
+    Args:
+        fraction: in (0, 1).
+    """
+
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"PowellDamping needs 0 < fraction < 1, got {self.fraction!r}.")
+
+    def admit(self, s: Vector, y: Vector, product: Callable[[Vector], Vector]) -> Vector | None:
+        """Return y, damped if need be."""
+        if not bool(s.any()):
+            return None
+        Bs = product(s)
+        have, want = s @ y, s @ Bs
+        if bool(have >= self.fraction * want):
+            return y
+        t = (1 - self.fraction) * want / (want - have)
+        return t * y + (1 - t) * Bs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBFGS:
+    r"""B = delta I - W M^-1 W^T with W = (delta S, Y) and M = [[delta S^T S, L], [L^T, -diag(s_i^T y_i)]].
+
+    L is the part of S^T Y strictly below its diagonal.
+    The curvature that the BFGS updates with the last pairs make of delta I; its inverse by structure is the two-loop
+    recursion's. It needs no curvature matrix: the pairs are steps and changes of the objective's gradient on the same
+    data, the l2 term included. Changes between different mini-batches are mostly noise.
+
+    Source: Byrd, Nocedal & Schnabel 1994, theorem 2.3 (eq. 2.17); two loops: Nocedal & Wright 2006, algorithm 7.4.
+
+    Args:
+        memory: m, the pairs that are kept, at least 1; the oldest goes first.
+        pairs: ``SkipPairs()`` or ``PowellDamping()``.
+        initial: delta > 0; None takes y^T y / s^T y of the latest pair (Nocedal & Wright, eq. 7.20), 1 before any.
+
+    Example:
+        >>> history = LBFGS(memory=5).start()
+        >>> history.update(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 0.0]))
+        True
+        >>> (history.operator() @ torch.tensor([1.0, 0.0])).round(decimals=5)
+        tensor([3., 0.])
+    """
+
+    memory: int = 10
+    pairs: PairRule = field(default_factory=SkipPairs)
+    initial: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
+            raise ValueError(f"LBFGS needs memory >= 1, got {self.memory!r}.")
+        if not isinstance(self.pairs, PairRule):
+            raise TypeError(f"LBFGS needs pairs to be SkipPairs() or PowellDamping(), got {self.pairs!r}.")
+        if self.initial is not None and not (isfinite(self.initial) and self.initial > 0):
+            raise ValueError(f"LBFGS needs a finite initial > 0 or None, got {self.initial!r}.")
+
+    def start(self) -> LBFGSHistory:
+        """Return an empty history."""
+        return LBFGSHistory(self)
+
+
+class LBFGSHistory:
+    """The pairs of :class:`LBFGS` so far; lives outside of the operators, which are frozen values.
+
+    Attributes:
+        config: memory, rule for the pairs, delta.
+        updates: pairs taken in.
+        skipped: pairs left out, because of their curvature or because they were not finite.
+    """
+
+    def __init__(self, config: LBFGS) -> None:
+        self.config = config
+        self.updates = 0
+        self.skipped = 0
+        self._pairs: list[tuple[Vector, Vector]] = []
+
+    def update(self, step: Vector, gradient_change: Vector) -> bool:
+        """Take in a pair; return whether it was used.
+
+        Args:
+            step: s (D,), new parameters minus old.
+            gradient_change: y (D,), gradient at the new minus gradient at the old parameters, on the same data.
+
+        Raises:
+            ValueError: the shapes do not fit each other or the earlier pairs.
+        """
+        size = len(self._pairs[0][0]) if self._pairs else step.numel()
+        if step.shape != (size,) or gradient_change.shape != (size,):
+            raise ValueError(
+                f"step and gradient_change must have shape ({size},), got {tuple(step.shape)} and "
+                f"{tuple(gradient_change.shape)}."
+            )
+        s, y = step.detach().double(), gradient_change.detach().double()
+        admitted = None
+        if bool(s.isfinite().all() and y.isfinite().all()):
+            admitted = self.config.pairs.admit(s, y, lambda v: self._product(v, step))
+        if admitted is None:
+            self.skipped += 1
+            return False
+        # copies: the caller may write its parameters in place afterwards
+        pair = (step.detach().clone(), admitted.to(step.dtype, copy=True))
+        self._pairs = [*self._pairs, pair][-self.config.memory :]
+        self.updates += 1
+        return True
+
+    def operator(self, objective: Objective | None = None) -> LinearOperator:
+        """Return B, the curvature of the objective with its l2 term.
+
+        Args:
+            objective: gives the size while there is no pair.
+
+        Raises:
+            RuntimeError: there is no pair yet, and no objective.
+        """
+        if self._pairs:
+            return self._compact()
+        if objective is None:
+            raise RuntimeError("LBFGS has no pair yet: call update first, or give the objective for delta I.")
+        layout = objective.layout
+        return self._scaled_identity(torch.zeros(layout.size, dtype=layout.dtype, device=layout.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the pairs and counts."""
+        return {
+            "config": repr(self.config),
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "steps": [s for s, _ in self._pairs],
+            "gradient_changes": [y for _, y in self._pairs],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: the state is that of another configuration; nothing is changed.
+        """
+        if state["config"] != repr(self.config):
+            raise ValueError(f"the state is that of {state['config']}, not of {self.config!r}.")
+        self.updates, self.skipped = state["updates"], state["skipped"]
+        self._pairs = list(zip(state["steps"], state["gradient_changes"], strict=True))
+
+    def _product(self, v: Vector, like: Vector) -> Vector:
+        """B v in float64; before any pair delta I."""
+        C = self._compact(v.dtype) if self._pairs else self._scaled_identity(like.double())
+        return C @ v
+
+    def _scaled_identity(self, like: Vector) -> LowRank:
+        return LowRank(
+            like.new_zeros(len(like), 0), like.new_zeros(0), torch.full_like(like, self.config.initial or 1.0)
+        )
+
+    def _compact(self, dtype: torch.dtype | None = None) -> LowRank:
+        """Return B in float64 numbers, for vectors of the pairs' type."""
+        S, Y = (torch.stack(vectors, dim=1).double() for vectors in zip(*self._pairs, strict=True))
+        SY = S.T @ Y
+        delta = (
+            (Y[:, -1] @ Y[:, -1]) / SY[-1, -1] if self.config.initial is None else SY.new_tensor(self.config.initial)
+        )
+        L, d = SY.tril(-1), SY.diagonal()
+        M = torch.cat([torch.cat([delta * (S.T @ S), L], 1), torch.cat([L.T, -torch.diag(d)], 1)])
+        # An orthonormal basis first: columns of W may be nearly parallel, and M is then nearly singular.
+        Q, R = torch.linalg.qr(torch.cat([delta * S, Y], 1))
+        core = -R @ torch.linalg.solve(M, R.T)
+        w, P = torch.linalg.eigh(0.5 * (core + core.T))
+        return LowRank(Q @ P, w, delta.expand(len(S)).clone(), dtype or self._pairs[0][0].dtype)
