@@ -8,7 +8,24 @@ from cases import mlp
 from torch import nn
 
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective
-from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact, Identity
+from curvlib.approximations import (
+    KFAC,
+    LBFGS,
+    BlockDiagonal,
+    ByGroups,
+    ByOutputUnit,
+    Dense,
+    Diagonal,
+    Exact,
+    Identity,
+    LanczosTruncation,
+    LowRank,
+    LowRankBlocks,
+    Nystrom,
+    RandomizedSketch,
+    Remainder,
+    RootDiagonal,
+)
 from curvlib.optimizers import hessian_free, kfac
 from curvlib.solvers import CG, FactoredTikhonov, ResidualTest, damped_inverse
 
@@ -37,6 +54,13 @@ ESTIMATES = [
     *(a(m) for a in (Exact, Dense, BlockDiagonal, Diagonal, KFAC) for m in (GGN(), EmpiricalFisher())),
     Exact(Hessian()),
     Identity(),
+    LowRank(GGN()),
+    BlockDiagonal(GGN(), partition=ByOutputUnit()),
+    BlockDiagonal(GGN(), partition=ByGroups([["*"]]), blocks=LowRankBlocks(75)),
+    RootDiagonal(GGN()),
+    0.5 * KFAC(GGN()) + 2.0 * Diagonal(GGN()),
+    # random directions are others on each device: as many as parameters leave nothing to chance
+    *(LowRank(GGN(), method=m) for m in (RandomizedSketch(75), Nystrom(75), LanczosTruncation(75))),
 ]
 SOLVERS = [damped_inverse, FactoredTikhonov(), CG(stop=ResidualTest(relative=1e-11))]
 
@@ -52,6 +76,28 @@ def test_operators_agree(approximation, accelerator):
         results.append([(C @ v).cpu(), C.diagonal().cpu(), C.trace().cpu()])
     for here, there in zip(*results, strict=True):
         torch.testing.assert_close(here, there, **SAME)
+
+
+def test_pairs_of_steps_agree(accelerator):
+    results = []
+    for place in ("cpu", accelerator):
+        torch.manual_seed(0)
+        history = LBFGS(memory=3).start()
+        for _ in range(4):
+            s = torch.randn(6, dtype=torch.float64)
+            history.update(s.to(place), (s * torch.arange(1, 7)).to(place))
+        assert history.operator().device.type == torch.device(place).type
+        results.append(damped_inverse(history.operator(), 0.0).to_dense().cpu())
+    torch.testing.assert_close(*results, **SAME)
+
+
+def test_generators_of_the_cpu_serve_every_device(accelerator):
+    objective, batch = on(accelerator)
+    sketch = LowRank(GGN(), method=Nystrom(3), diagonal=Remainder())
+    C = sketch.estimate(objective.at(batch), torch.Generator().manual_seed(0))
+    there, here = on("cpu")
+    expected = sketch.estimate(there.at(here), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(C.to_dense().cpu(), expected.to_dense(), **SAME)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: getattr(solver, "__name__", type(solver).__name__))
