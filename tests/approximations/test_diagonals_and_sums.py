@@ -24,6 +24,7 @@ from curvlib.approximations import (
     PerLayer,
     RootDiagonal,
     StatisticalWeightedSum,
+    StructuralDamping,
     WeightedSum,
     hutchinson,
 )
@@ -269,3 +270,11 @@ class TestWeightedSum:
                 total.check(other)
             with pytest.raises(UnsupportedLayerError):
                 total.estimate_over(other, [], progress=False)
+
+    def test_what_has_no_l2_term_loses_none(self):
+        evaluation = evaluate(classifier())
+        S = StructuralDamping(modules=(nn.Tanh,))
+        C = (2.0 * Exact(GGN()) + 3.0 * S).estimate(evaluation).to_dense()
+        eye = torch.eye(len(C), dtype=torch.float64)
+        ggn, structural = (part.estimate(evaluation).to_dense() for part in (Exact(GGN()), S))
+        torch.testing.assert_close(C, 2 * (ggn - 0.2 * eye) + 3 * structural + 0.2 * eye, **CLOSE)
