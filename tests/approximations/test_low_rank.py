@@ -106,7 +106,7 @@ class Meeting(nn.Module):
     ],
     ids=["examples meet", "vit", "gpt", "u-net"],
 )
-@pytest.mark.filterwarnings("ignore::curvlib.FusedAttentionWarning")
+@pytest.mark.filterwarnings("ignore::curvlib.FusedKernelWarning")
 def test_any_model(make, inputs, targets):
     torch.manual_seed(2)
     network = Network(make().double(), nn.CrossEntropyLoss(), inputs(), targets())

@@ -86,6 +86,15 @@ def test_blocks_are_those_of_the_dense_matrix(matrix, data):
         torch.testing.assert_close(C.to_dense(), masked(dense, labels), **CLOSE)
 
 
+class LastState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(2, 2, batch_first=True), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
 CONVOLUTIONS = (
     lambda: nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
     lambda: torch.randn(3, 2, 3, 3).double(),
@@ -93,6 +102,7 @@ CONVOLUTIONS = (
 )
 MODELS = {
     "grouped convolution": CONVOLUTIONS,
+    "lstm": (LastState, lambda: torch.randn(3, 4, 2).double(), lambda: torch.randint(3, (3,))),
     "u-net": (architectures.UNet, lambda: torch.randn(2, 1, 4, 4).double(), lambda: torch.randint(2, (2, 4, 4))),
     "gpt": (architectures.GPT, lambda: torch.randint(5, (2, 4)), lambda: torch.randint(5, (2, 4))),
     "vit": (architectures.ViT, lambda: torch.randn(2, 2, 4, 4).double(), lambda: torch.randint(3, (2,))),
