@@ -7,6 +7,8 @@ from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeF
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.factored_tikhonov import Balance, FactoredTikhonov, FixedPi, TraceNormPi, UnitPi
 from curvlib.solvers.inverse import damped_inverse, eigendecompose
+from curvlib.solvers.krylov import IterativeInverse, KrylovMethod
+from curvlib.solvers.minres import MINRES, MINRESInverse
 from curvlib.solvers.quadratic_model import (
     DampedRatio,
     Prediction,
@@ -32,6 +34,7 @@ from curvlib.solvers.solution import (
 
 __all__ = [
     "CG",
+    "MINRES",
     "AbsoluteFloor",
     "Balance",
     "CGInverse",
@@ -44,8 +47,11 @@ __all__ = [
     "FactoredTikhonov",
     "FixedPi",
     "IterateGrid",
+    "IterativeInverse",
+    "KrylovMethod",
     "LevenbergMarquardt",
     "LimitAction",
+    "MINRESInverse",
     "Prediction",
     "Progress",
     "ProgressTest",

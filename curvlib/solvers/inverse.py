@@ -39,11 +39,11 @@ from curvlib.operators import (
     full_precision,
 )
 from curvlib.operators.structure import absorb_factor, add_shift, merge
-from curvlib.solvers.cg import CG, ResidualTest
+from curvlib.solvers.cg import CG
 from curvlib.solvers.damping_scale import checked_damping
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.factorization import LARGEST_DENSE, damped_cholesky
-from curvlib.solvers.solution import RaiseAtLimit
+from curvlib.solvers.solution import RaiseAtLimit, ResidualTest
 from curvlib.solvers.spectral import eigendecompose
 
 

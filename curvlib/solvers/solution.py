@@ -29,6 +29,8 @@ class Status(Enum):
     * ``ITERATION_LIMIT``: the limit came first; x is the last iterate.
     * ``ILL_CONDITIONED``: as the rounding floor, but these errors are above a hundredth of b: x solves a nearby system
       only, and may be no use for this one.
+    * ``LEAST_SQUARES``: A is singular to working precision and no x solves the system: x minimises |b - A x| and is the
+      shortest that does.
     * ``NEGATIVE_CURVATURE``: p^T A p <= 0 along a search direction p: A is not positive definite.
     * ``BREAKDOWN``: the recurrence lost its meaning: the preconditioner is not positive definite, or the true
       residual does not follow the recurrence (a random or non-linear operator).
@@ -39,9 +41,10 @@ class Status(Enum):
     ROUNDING_FLOOR = 1
     ITERATION_LIMIT = 2
     ILL_CONDITIONED = 3
-    NEGATIVE_CURVATURE = 4
-    BREAKDOWN = 5
-    NOT_FINITE = 6
+    LEAST_SQUARES = 4
+    NEGATIVE_CURVATURE = 5
+    BREAKDOWN = 6
+    NOT_FINITE = 7
 
     @property
     def solved(self) -> bool:
@@ -62,6 +65,9 @@ _DIAGNOSES = {
     Status.ILL_CONDITIONED: "cannot solve the system in {dtype}: after {iterations} iterations the rounding errors of "
     "its products leave a relative residual of {residual} (asked {asked}); raise the damping or compute in a wider "
     "dtype",
+    Status.LEAST_SQUARES: "found no solution: the matrix is singular and the right-hand side not in its range; after "
+    "{iterations} iterations x is the shortest least-squares solution, relative residual {residual}; raise the damping "
+    "for a system that has a solution",
     Status.NEGATIVE_CURVATURE: "met negative curvature, p^T (C + damping I) p <= 0, after {iterations} iterations with "
     "relative residual {residual}; raise the damping above minus the smallest eigenvalue of C, or use a positive "
     "semi-definite curvature matrix",
@@ -74,7 +80,7 @@ _DIAGNOSES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solution:
-    """Outcome of conjugate gradients on A x = b, A = C + damping I; ``str(solution)`` is a diagnosis.
+    """Outcome of an iterative method on A x = b, A = C + damping I; ``str(solution)`` is a diagnosis.
 
     Attributes:
         x: the solution, in the shape of b.
@@ -84,6 +90,7 @@ class Solution:
         model_value: phi(x) = 1/2 x^T A x - b^T x = 1/2 x^T (r - b), r = A x - b, of each column.
         products: how many times the operator was applied to a block, the final check included.
         iterates: pairs (i, x_i), increasing in i, the last one included; empty where none were asked for.
+        method: the method's name, for the diagnosis.
         asked: what the stopping rule demands, in words.
         limit: the allowed number of iterations.
     """
@@ -95,6 +102,7 @@ class Solution:
     model_value: Float[Tensor, "*K"]
     products: int
     iterates: tuple[tuple[int, Tensor], ...]
+    method: str
     asked: str
     limit: int
 
@@ -132,7 +140,7 @@ class Solution:
             dtype=str(self.x.dtype).removeprefix("torch."),
         )
         columns = f" (columns {_listed(worst)} of {len(self.statuses)})" if len(self.statuses) > 1 else ""
-        return f"conjugate gradients{columns} {text}"
+        return f"{self.method}{columns} {text}"
 
 
 class LimitAction(ABC):
