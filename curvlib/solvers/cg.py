@@ -103,7 +103,9 @@ class _Conjugate(Recurrence):
         self.end(self.running & (curvature <= 0) & curvature.isfinite(), Status.NEGATIVE_CURVATURE)
         self.end(self.running & ~advance, Status.NOT_FINITE)
         self.x, self.r = torch.where(advance, x, self.x), torch.where(advance, r, self.r)
-        self.operator_norm = torch.where(advance, self.operator_norm.maximum(norm_of(q) / norm_of(p)), self.operator_norm)
+        self.operator_norm = torch.where(
+            advance, self.operator_norm.maximum(norm_of(q) / norm_of(p)), self.operator_norm
+        )
         return advance
 
     def prepare(self) -> None:

@@ -225,7 +225,7 @@ class Recurrence(ABC):
         ``iteration`` is the number of this one; columns that cannot go on are ended here.
         """
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most methods have nothing to do
         """Get ready for the next iteration, once the columns that are good enough have been ended."""
 
     def conclude(self) -> Bool[Tensor, " K"]:

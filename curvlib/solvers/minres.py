@@ -23,8 +23,8 @@ from curvlib.operators.base import LinearOperator
 from curvlib.solvers.krylov import IterativeInverse, KrylovMethod, Recurrence, dot, norm_of
 from curvlib.solvers.solution import Status
 
-# |A P r|_P <= 10 eps^(1/2) |A| |r|_P makes x a candidate for a least-squares solution. Less is not reached by minimising
-# |r|, whose square hides what r has in the range of A once that is below eps^(1/2) |r|.
+# |A P r|_P <= 10 eps^(1/2) |A| |r|_P makes x a candidate for a least-squares solution. Less is not reached by
+# minimising |r|, whose square hides what r has in the range of A once that is below eps^(1/2) |r|.
 _CANDIDATE = 10.0
 # The true A P r may exceed that by as much again, by the rounding errors of the recurrence.
 _CONFIRMED = 10.0
@@ -49,16 +49,16 @@ class MINRES(KrylovMethod):
     Paige & Saunders, "Solution of sparse indefinite systems of linear equations" (1975). C + damping I has to be
     symmetric only: the Hessian away from a minimum. On a positive definite system :class:`CG` makes the smaller error
     and MINRES the smaller residual. A singular system that has solutions gets the shortest one. One that has none ends
-    with ``Status.LEAST_SQUARES`` and the shortest least-squares solution to half the digits of the dtype (the minimum of
-    |r| is flat), which is lifted from the iterate as in Liu, Milzarek & Roosta, "Obtaining pseudo-inverse solutions with
-    MINRES" (2023):
+    with ``Status.LEAST_SQUARES`` and the shortest least-squares solution to half the digits of the dtype (the minimum
+    of |r| is flat), which is lifted from the iterate as in Liu, Milzarek & Roosta, "Obtaining pseudo-inverse solutions
+    with MINRES" (2023):
 
     .. math:: x \leftarrow x - \frac{r^T x}{r^T P r} P r
 
-    With a preconditioner, least squares are those of |r|_P, and the shortest is that in P^-1. Departures: b is scaled to
-    size 1; the residual vector is carried along, so that stopping rules look at its size in the Euclidean norm whatever P
-    is; true residuals decide, and where they do not follow the recurrence the solve goes on from there, which repairs
-    what the short recurrence loses on ill-conditioned systems.
+    With a preconditioner, least squares are those of |r|_P, and the shortest is that in P^-1. Departures: b is scaled
+    to size 1; the residual vector is carried along, so that stopping rules look at its size in the Euclidean norm
+    whatever P is; true residuals decide, and where they do not follow the recurrence the solve goes on from there,
+    which repairs what the short recurrence loses on ill-conditioned systems.
 
     Args:
         max_iterations: the limit.
@@ -71,8 +71,9 @@ class MINRES(KrylovMethod):
     Example:
         >>> from curvlib.operators import Diagonal
         >>> C = Diagonal(torch.tensor([4.0, -2.0, 0.0]))
-        >>> MINRES()(C, 0.0) @ torch.tensor([8.0, 2.0, 0.0])
-        tensor([ 2., -1.,  0.])
+        >>> x = MINRES()(C, 0.0) @ torch.tensor([8.0, 2.0, 0.0])
+        >>> torch.allclose(x, torch.tensor([2.0, -1.0, 0.0]), atol=1e-5)
+        True
         >>> MINRES()(C, 0.0).solve(torch.tensor([8.0, 2.0, 5.0])).status
         <Status.LEAST_SQUARES: 4>
     """
@@ -115,8 +116,8 @@ class _MinimalResidual(Recurrence):
         self.beta_last, self.phibar = torch.ones_like(nothing), self.beta
         self.c, self.s, self.dbar, self.epsilon = -torch.ones_like(nothing), nothing, nothing, nothing
         self.w_last, self.w = zero, zero
-        # The candidate for a least-squares solution: x, |A P r|_P / |r|_P, |r|_P and the iteration after it.
-        self.best, self.best_normal = self.x, torch.full_like(nothing, torch.inf)
+        # The candidate for a least-squares solution: x, its score, |r|_P and the iteration after it.
+        self.best, self.best_score = self.x, torch.full_like(nothing, torch.inf)
         self.best_phibar, self.best_at = nothing, torch.zeros_like(self.iterations)
 
     def advance(self) -> Bool[Tensor, " K"]:
@@ -146,27 +147,29 @@ class _MinimalResidual(Recurrence):
         return advance
 
     def _look_for_least_squares(self, normal: Float[Tensor, " K"]) -> None:
-        """Remember the iterate with the smallest A P r, and end the columns where r will not fall any more."""
+        """Remember the iterate with the smallest A P r before x grows, and end the columns where r falls no more."""
         eps = torch.finfo(normal.dtype).eps
         fallen = self.phibar < _FALLEN * self.best_phibar
-        fresh = fallen | self.best_normal.isinf()
+        fresh = fallen | self.best_score.isinf()
         better = self.running & (normal <= _CANDIDATE * eps**0.5 * self.lanczos_size)
         noise = eps * self.operator_norm * norm_of(self.x) / norm_of(self.r)
-        better = better & (fresh | (normal < self.best_normal)) & (noise <= _SOUND)
+        # Making x the shortest adds an error of |A r| / |r| times |x|, which grows while A r may still fall.
+        score = normal * (self.operator_norm * norm_of(self.x) + norm_of(self.r))
+        better = better & (fresh | (score < self.best_score)) & (noise <= _SOUND)
         self.best = torch.where(better, self.x, self.best)
-        self.best_normal = torch.where(better, normal, self.best_normal)
+        self.best_score = torch.where(better, score, self.best_score)
         # Measured from the first candidate of a plateau, so that a slow fall does not pass for none.
         self.best_phibar = torch.where(better & fresh, self.phibar, self.best_phibar)
         self.best_at = torch.where(better, self.iteration, self.best_at)
         waited = self.iteration - self.best_at > (_PATIENCE * self.best_at).clamp(min=_LEAST_PATIENCE)
-        stands = self.best_normal.isfinite() & ~(fallen & ~better) & (waited | (noise >= _GROWN))
+        stands = self.best_score.isfinite() & ~(fallen & ~better) & (waited | (noise >= _GROWN))
         self.end(stands | (better & (normal <= _EXACT * eps * self.lanczos_size)), Status.LEAST_SQUARES)
 
     def conclude(self) -> Bool[Tensor, " K"]:
         """Return to the candidates that are no worse than x by the true residual, and verify and shorten them."""
         ends = (Status.LEAST_SQUARES, Status.ROUNDING_FLOOR, Status.CONVERGED)
         claimed = torch.stack([self.status == status.value for status in ends]).any(0)
-        returning = self.best_normal.isfinite() & (claimed | self.running)
+        returning = self.best_score.isfinite() & (claimed | self.running)
         if not bool(returning.any()):
             return returning
         best = torch.where(returning, self.best, 0.0)
@@ -177,7 +180,8 @@ class _MinimalResidual(Recurrence):
         normal = dot(Ay, self._precondition(Ay)).clamp(min=0.0).sqrt()
         bound = _CONFIRMED * _CANDIDATE * torch.finfo(normal.dtype).eps ** 0.5 * self.lanczos_size
         confirmed = returning & (square > 0) & (normal <= bound * square.clamp(min=0.0).sqrt())
-        confirmed = confirmed & ~(norm_of(self.r) < _FALLEN * norm_of(r))
+        own = torch.where(returning, self.r, 0.0)
+        confirmed = confirmed & ~(dot(own, self._precondition(own)) < _FALLEN**2 * square)
         lift = dot(r, best) / square
         self.x = torch.where(confirmed, best - lift * y, self.x)
         self.r = torch.where(confirmed, r - lift * Ay, self.r)
