@@ -148,15 +148,23 @@ class KroneckerEigen(LinearOperator):
         """
         return KroneckerEigen(self.bases, function(self.eigenvalues))
 
-    @override
-    def matmat(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+    def to_eigenbasis(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """Return (Q_1 (x) ... (x) Q_k)^T V, the coefficients in the order of ``spectrum()``."""
         X = V.T.reshape(V.shape[1], *self.eigenvalues.shape)
         for axis, Q in enumerate(self.bases, start=1):
             X = X if Q is None else matrix_along(Q.T, X, axis)
-        X = self.eigenvalues * X
-        for axis, Q in enumerate(self.bases, start=1):
-            X = X if Q is None else matrix_along(Q, X, axis)
         return X.reshape(V.shape[1], self.size).T
+
+    def from_eigenbasis(self, X: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """Return (Q_1 (x) ... (x) Q_k) X, the inverse of :meth:`to_eigenbasis`."""
+        V = X.T.reshape(X.shape[1], *self.eigenvalues.shape)
+        for axis, Q in enumerate(self.bases, start=1):
+            V = V if Q is None else matrix_along(Q, V, axis)
+        return V.reshape(X.shape[1], self.size).T
+
+    @override
+    def matmat(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self.from_eigenbasis(self.spectrum().unsqueeze(1) * self.to_eigenbasis(V))
 
     @override
     def diagonal(self) -> Float[Tensor, " D"]:

@@ -167,15 +167,23 @@ class KroneckerEigenStack(LinearOperator):
         """
         return KroneckerEigenStack(self.bases, function(self.eigenvalues))
 
-    @override
-    def matmat(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+    def to_eigenbasis(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """Return (Q_1[b] (x) ... (x) Q_k[b])^T V of every block, the coefficients in the order of ``spectrum()``."""
         X = V.reshape(*self.eigenvalues.shape, V.shape[1])
         for axis, Q in enumerate(self.bases, start=1):
             X = X if Q is None else _matrices_along(Q.mT, X, axis)
-        X = self.eigenvalues.unsqueeze(-1) * X
-        for axis, Q in enumerate(self.bases, start=1):
-            X = X if Q is None else _matrices_along(Q, X, axis)
         return X.reshape(V.shape)
+
+    def from_eigenbasis(self, X: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """Return (Q_1[b] (x) ... (x) Q_k[b]) X of every block, the inverse of :meth:`to_eigenbasis`."""
+        V = X.reshape(*self.eigenvalues.shape, X.shape[1])
+        for axis, Q in enumerate(self.bases, start=1):
+            V = V if Q is None else _matrices_along(Q, V, axis)
+        return V.reshape(X.shape)
+
+    @override
+    def matmat(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        return self.from_eigenbasis(self.spectrum().unsqueeze(1) * self.to_eigenbasis(V))
 
     @override
     def diagonal(self) -> Float[Tensor, " D"]:

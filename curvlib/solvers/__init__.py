@@ -4,6 +4,16 @@ from curvlib.solvers import kronecker_chain  # noqa: F401 - its rules
 from curvlib.solvers.cg import CG, CGInverse
 from curvlib.solvers.damping import ConstantDamping, DampingControl, DampingState, LevenbergMarquardt
 from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeFloor, RelativeStart
+from curvlib.solvers.descents import (
+    DampedNewton,
+    Descent,
+    DescentStep,
+    Dogleg,
+    MoreSorensen,
+    Steihaug,
+    Subproblem,
+    TwoDimensionalSubspace,
+)
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.factored_tikhonov import Balance, FactoredTikhonov, FixedPi, TraceNormPi, UnitPi
 from curvlib.solvers.inverse import damped_inverse, eigendecompose
@@ -17,6 +27,7 @@ from curvlib.solvers.quadratic_model import (
     Rescaling,
     UndampedRatio,
 )
+from curvlib.solvers.radius import RadiusControl, RadiusState, TrustRegion
 from curvlib.solvers.reduction import reduction_ratio
 from curvlib.solvers.solution import (
     ConvergenceWarning,
@@ -40,10 +51,14 @@ __all__ = [
     "CGInverse",
     "ConstantDamping",
     "ConvergenceWarning",
+    "DampedNewton",
     "DampedRatio",
     "DampingControl",
     "DampingFloor",
     "DampingState",
+    "Descent",
+    "DescentStep",
+    "Dogleg",
     "FactoredTikhonov",
     "FixedPi",
     "IterateGrid",
@@ -52,10 +67,13 @@ __all__ = [
     "LevenbergMarquardt",
     "LimitAction",
     "MINRESInverse",
+    "MoreSorensen",
     "Prediction",
     "Progress",
     "ProgressTest",
     "QuadraticModel",
+    "RadiusControl",
+    "RadiusState",
     "RaiseAtLimit",
     "RatioConvention",
     "RelativeFloor",
@@ -65,8 +83,12 @@ __all__ = [
     "Solution",
     "SolveError",
     "Status",
+    "Steihaug",
     "StoppingRule",
+    "Subproblem",
     "TraceNormPi",
+    "TrustRegion",
+    "TwoDimensionalSubspace",
     "UndampedRatio",
     "UnitPi",
     "WarnAtLimit",

@@ -1,0 +1,220 @@
+"""Conjugate gradients that stop at the boundary of a trust region.
+
+Symbols: A = C + lambda I (D, D), P the preconditioner, g gradient, d (D,) the iterate, r = A d + g, p the search
+    direction,
+q = A p, Delta the radius, tau the step length to the boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlib.operators import LinearOperator, full_precision
+from curvlib.solvers.cg import CG
+from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
+from curvlib.solvers.solution import Progress, ResidualTest, Status, StoppingRule
+
+_RUNNING, _BOUNDARY = -1, -2  # beside the values of Status
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Steihaug(Descent):
+    r"""Preconditioned conjugate gradients until the model is minimised, the boundary or negative curvature is met.
+
+    .. math:: |d + \tau p| = \Delta, \; \tau \ge 0 \quad \text{where} \quad p^T A p \le 0 \; \text{or} \;
+        |d + \alpha p| \ge \Delta
+
+    Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983); Toint (1981);
+    Nocedal & Wright, algorithm 7.2. The model falls along the whole path, and never less than to the Cauchy point.
+    Departures: the ball is Euclidean whatever the preconditioner, so that a preconditioned path, whose |d| need not
+        grow, ends where it
+    first leaves the ball; a preconditioned step that is worse than the Cauchy point is replaced by that, at the
+    cost of a quadratic form. At a zero gradient the step is 0, also at a saddle.
+
+    Args:
+        max_iterations: the limit.
+        stop: when the interior minimum is reached well enough; :class:`ResidualTest` with a loose tolerance as a rule.
+        preconditioner: a positive definite operator that approximates (C + damping I)^-1.
+        check_every: iterations between two looks of the host at the device, as in :class:`CG`.
+
+    Example:
+        >>> from curvlib.operators import Diagonal
+        >>> C = Diagonal(torch.tensor([1.0, -1.0]))
+        >>> answer = Steihaug().solve(Subproblem(operator=C, gradient=torch.tensor([0.0, 3.0]), radius=2.0))
+        >>> answer.step, answer.on_boundary, answer.status
+        (tensor([ 0., -2.]), True, <Status.NEGATIVE_CURVATURE: 5>)
+    """
+
+    max_iterations: int = 250
+    stop: StoppingRule = field(default_factory=lambda: ResidualTest(relative=1e-3))
+    preconditioner: LinearOperator | None = None
+    check_every: int = 5
+
+    def __post_init__(self) -> None:
+        self.unconstrained()
+
+    def unconstrained(self) -> CG:
+        """Return conjugate gradients with the same limits and no boundary.
+
+        Raises:
+            TypeError, ValueError: a field is none that conjugate gradients can have.
+        """
+        return CG(
+            max_iterations=self.max_iterations,
+            stop=self.stop,
+            preconditioner=self.preconditioner,
+            check_every=self.check_every,
+        )
+
+    def solve(self, problem: Subproblem) -> DescentStep:
+        """Return the step.
+
+        Its status is ``CONVERGED`` for a minimum inside and for a boundary that was reached along positive curvature,
+        ``NEGATIVE_CURVATURE``, ``ITERATION_LIMIT`` (the last iterate, inside), ``ROUNDING_FLOOR``, ``BREAKDOWN`` (the
+        preconditioner is not positive definite) or ``NOT_FINITE``.
+
+        Raises:
+            ValueError: the radius is infinite, or the preconditioner has another size than C.
+        """
+        problem.finite_radius("Steihaug")
+        self.unconstrained()(problem.operator, problem.damping)  # checks the preconditioner
+        with full_precision(problem.gradient.device):
+            path = _Path(self, problem)
+            path.run()
+        if path.status is Status.NOT_FINITE and path.iterations == 0:
+            return problem.no_step(path.status)
+        answer = problem.answer(
+            path.step,
+            on_boundary=path.on_boundary,
+            multiplier=None if path.on_boundary else 0.0,
+            status=path.status,
+            iterations=path.iterations,
+        )
+        return answer if self.preconditioner is None else _better(answer, problem)
+
+
+class _Path:
+    """The iterates of one solve; scalars stay on the device, in float64 against the squares of a far radius."""
+
+    def __init__(self, method: Steihaug, problem: Subproblem) -> None:
+        self.method, self.problem, self.A = method, problem, problem.damped
+        g = problem.gradient
+        largest = g.abs().amax()
+        scale = largest.clamp(min=torch.finfo(g.dtype).tiny).log2().floor().exp2()
+        # A power of two, so that scaling rounds nothing; steps are in units of it too.
+        self.scale = torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
+        self.g = g / self.scale
+        self.radius = problem.radius / self.scale.double()
+        self.d, self.r = torch.zeros_like(g), self.g
+        self.iteration = 0
+        self.state = torch.full((), _RUNNING, dtype=torch.long, device=g.device)
+        self.count, self.at_boundary = torch.zeros_like(self.state), torch.zeros_like(self.state, dtype=torch.bool)
+        self.operator_norm = torch.zeros_like(self.radius)
+        self.values = [torch.zeros_like(g[:1])]
+        self.p, self.rho = torch.zeros_like(g), torch.ones_like(self.radius)
+
+    def run(self) -> None:
+        """Follow the path to its end and fetch it."""
+        self._test()
+        self._new_direction()
+        while self.iteration < self.method.max_iterations:
+            # The only synchronisation inside the loop.
+            if self.iteration % self.method.check_every == 0 and int(self.state) != _RUNNING:
+                break
+            self._advance()
+        state, self.iterations, at_boundary = torch.stack([self.state, self.count, self.at_boundary.long()]).tolist()
+        named = {_RUNNING: Status.ITERATION_LIMIT, _BOUNDARY: Status.CONVERGED}
+        self.status = named[state] if state in named else Status(state)
+        self.on_boundary = bool(at_boundary)
+        self.step = self.d * self.scale
+
+    def _advance(self) -> None:
+        self.iteration += 1
+        running = self.state == _RUNNING
+        p = torch.where(running, self.p, 0.0)
+        q = (self.A @ p).detach()
+        curvature = _dot(p, q)
+        alpha = self.rho / curvature
+        trial = self.d + alpha.to(p) * p
+        outside = torch.linalg.vector_norm(trial).double() >= self.radius
+        negative = curvature <= 0
+        finite = curvature.isfinite() & q.isfinite().all()
+        leave = running & finite & (negative | outside)
+        stay = running & finite & ~negative & ~outside
+        length = torch.where(leave, _to_boundary(self.d, p, self.radius), alpha)
+        moved = leave | stay
+        self.d = torch.where(moved, self.d + length.to(p) * p, self.d)
+        self.r = torch.where(moved, self.r + length.to(p) * q, self.r)
+        self.count = torch.where(moved, self.iteration, self.count)
+        self.at_boundary = self.at_boundary | leave
+        self.operator_norm = torch.where(moved, self.operator_norm.maximum(_norm(q) / _norm(p)), self.operator_norm)
+        self.values.append(0.5 * ((self.r + self.g) @ self.d).reshape(1))
+        self._end(~finite, Status.NOT_FINITE.value)
+        self._end(leave & negative, Status.NEGATIVE_CURVATURE.value)
+        self._end(leave, _BOUNDARY)
+        self._test()
+        self._new_direction()
+
+    def _test(self) -> None:
+        norm = torch.linalg.vector_norm(self.r).reshape(1)
+        progress = Progress(
+            iteration=self.iteration,
+            residual_norm=norm * self.scale,
+            rhs_norm=torch.linalg.vector_norm(self.g).reshape(1) * self.scale,
+            values=self.values,
+        )
+        self._end(~norm.isfinite().squeeze(), Status.NOT_FINITE.value)
+        self._end(self.method.stop.satisfied(progress).squeeze() | (norm.squeeze() == 0), Status.CONVERGED.value)
+        noise = 0.1 * torch.finfo(norm.dtype).eps * self.operator_norm * _norm(self.d)
+        self._end(norm.squeeze().double() <= noise, Status.ROUNDING_FLOOR.value)
+
+    def _new_direction(self) -> None:
+        P = self.method.preconditioner
+        r = torch.where(self.state == _RUNNING, self.r, 0.0)
+        y = r if P is None else (P @ r).detach()
+        rho = _dot(r, y)
+        self._end(~rho.isfinite(), Status.NOT_FINITE.value)
+        self._end(rho <= 0, Status.BREAKDOWN.value)
+        # The first time p is 0.
+        self.p = (rho / self.rho).to(y) * torch.where(self.state == _RUNNING, self.p, 0.0) - y
+        self.rho = rho
+
+    def _end(self, where: Tensor, state: int) -> None:
+        self.state = torch.where(where & (self.state == _RUNNING), state, self.state)
+
+
+def _better(answer: DescentStep, problem: Subproblem) -> DescentStep:
+    """Return the answer, or the Cauchy point where the model is lower there."""
+    g, norm = problem.gradient, torch.linalg.vector_norm(problem.gradient)
+    unit = g / torch.where(norm > 0, norm, 1.0)
+    slope, curvature = float(norm), float(problem.damped.quadratic_form(unit.unsqueeze(1)))
+    inside = curvature > 0 and slope < problem.radius * curvature
+    length = slope / curvature if inside else problem.radius
+    if not answer.prediction.damped > length * (0.5 * length * curvature - slope):
+        return answer
+    return problem.answer(
+        -length * unit,
+        on_boundary=not inside,
+        multiplier=0.0 if inside else None,
+        status=answer.status,
+        iterations=answer.iterations,
+    )
+
+
+def _to_boundary(d: Float[Tensor, " D"], p: Float[Tensor, " D"], radius: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return tau >= 0 with |d + tau p| = radius for |d| <= radius, without a cancellation."""
+    a, b, room = _dot(p, p), _dot(d, p), (radius.square() - _dot(d, d)).clamp(min=0.0)
+    root = (b.square() + a * room).sqrt()
+    return torch.where(b > 0, room / (b + root), (root - b) / a)
+
+
+def _dot(u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+    return (u @ v).double()
+
+
+def _norm(v: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+    return torch.linalg.vector_norm(v).double()
