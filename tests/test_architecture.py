@@ -20,7 +20,7 @@ ALLOWED = {
     "solvers": {"operators"},
     "spectra": {"operators", "solvers"},
     "optimizers": {"approximations", "matrices", "objective", "operators", "output_losses", "solvers"},
-    "experiments": {"", "approximations", "optimizers", "output_losses", "solvers"},
+    "experiments": {"", "approximations", "operators", "optimizers", "output_losses", "solvers", "spectra"},
 }
 USES_BACKPACK = {"extensions", "approximations"}
 

@@ -1,4 +1,4 @@
-"""Problems, data, methods and the comparison runner behind ``curvlib compare``.
+"""Problems, data, methods and what is behind the commands ``curvlib compare`` and ``curvlib inspect``.
 
 The Python interface is the one that the command line uses::
 
@@ -37,6 +37,12 @@ from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.figure import figure_png
 from curvlib.experiments.idx import read_idx
 from curvlib.experiments.images import Images, ImageSource
+from curvlib.experiments.inspection import Inspected, InspectedRow, Inspection, inspect_evaluation
+from curvlib.experiments.inspection_figures import Picture, pictures_of
+from curvlib.experiments.inspection_matrix import Looked
+from curvlib.experiments.inspection_report import html_page, results_table
+from curvlib.experiments.inspection_selection import Region, Selection
+from curvlib.experiments.inspection_subject import Subject, Training
 from curvlib.experiments.methods import METHODS, Method, configure, register_method
 from curvlib.experiments.networks import Convolution, Convolutional, FullyConnected, Network
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
@@ -84,7 +90,11 @@ __all__ = [
     "FullyConnected",
     "ImageSource",
     "Images",
+    "Inspected",
+    "InspectedRow",
+    "Inspection",
     "LastStep",
+    "Looked",
     "Method",
     "Metric",
     "Monitor",
@@ -92,31 +102,40 @@ __all__ = [
     "Numbers",
     "OneHot",
     "Outcome",
+    "Picture",
     "Problem",
     "Record",
     "Recurrent",
+    "Region",
     "ResultsFolder",
     "Rows",
     "Seconds",
+    "Selection",
     "SequenceSource",
     "Sequences",
     "Source",
     "Status",
     "StepReport",
     "Steps",
+    "Subject",
     "Task",
     "Trainer",
+    "Training",
     "compare",
     "configure",
     "figure_png",
     "generate_addition",
     "generate_copy",
     "generate_curves",
+    "html_page",
+    "inspect_evaluation",
+    "pictures_of",
     "prepare_folder",
     "read_idx",
     "register_method",
     "register_problem",
     "reopen_folder",
     "replace_folder",
+    "results_table",
     "results_tables",
 ]

@@ -1,4 +1,4 @@
-"""The command ``curvlib``: compare methods on a problem, list problems and methods."""
+"""The command ``curvlib``: compare methods on a problem, look at a curvature, list problems and methods."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
-from rich.console import Console
 
 from curvlib import UnsupportedLayerError, __version__
 from curvlib.experiments.budgets import Budget, Epochs, Seconds, Steps
 from curvlib.experiments.comparison import Comparison, Outcome
 from curvlib.experiments.curvatures import APPROXIMATIONS, MATRICES, CurvatureChoice
 from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.inspection_command import inspect_curvature
 from curvlib.experiments.listing import methods_table, problems_table
 from curvlib.experiments.methods import METHODS, Method, configure
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
@@ -26,13 +25,12 @@ from curvlib.experiments.progress import ProgressBars
 from curvlib.experiments.report import legend, notes, results_tables
 from curvlib.experiments.results_folder import ResultsFolder
 from curvlib.experiments.runner import compare
+from curvlib.experiments.terminal import console_of_command, device_named
 
 _DEFAULT_METHODS = ("kfac", "hessian-free", "sgd", "adam", "lbfgs")
 _BUDGETS: Mapping[str, Callable[[Any], Budget]] = {"seconds": Seconds, "steps": Steps, "epochs": Epochs}
 # What a shell reports for a command that a keyboard interrupt ended; also for the other signals that end one.
 _EXIT_INTERRUPTED = 130
-# Tables that go into a file or a pipe have no terminal width to follow.
-_WIDTH_WITHOUT_TERMINAL = 140
 
 
 class _Group(click.Group):
@@ -52,14 +50,14 @@ def main() -> None:
 @main.command("problems")
 def list_problems() -> None:
     """List the problems and their options, which --set problem.OPTION=VALUE changes."""
-    _console().print(problems_table())
+    console_of_command().print(problems_table())
 
 
 @main.command("methods")
 @click.option("--problem", default="digits-autoencoder", help="Show the settings for this problem.")
 def list_methods(problem: str) -> None:
     """List the methods and their options, which --set METHOD.OPTION=VALUE changes."""
-    _console().print(methods_table(PROBLEMS.get(problem)))
+    console_of_command().print(methods_table(PROBLEMS.get(problem)))
 
 
 @main.command("compare")
@@ -125,7 +123,7 @@ def compare_methods(
 
 
 def _run(comparison: Comparison, loaded: LoadedProblem, folder: ResultsFolder) -> Outcome:
-    console = _console()
+    console = console_of_command()
     try:
         with ProgressBars(comparison, console) as bars:
             outcome = compare(comparison, loaded, folder, monitor=bars)
@@ -159,7 +157,7 @@ def _comparison(problem: Problem, request: Mapping[str, Any]) -> Comparison:
         methods=_methods(problem, request),
         budget=_budget(request),
         seed=request["seed"],
-        device=_device(request["device"]),
+        device=device_named(request["device"]),
         threads=request["threads"],
     )
 
@@ -212,13 +210,6 @@ def _assignment(text: str) -> tuple[str, str, str]:
     return name, key, value
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ExperimentError("--device cuda needs a GPU that PyTorch can use, and there is none: use --device cpu.")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
 def _resume_command(context: click.Context) -> str:
     """Return the command line that was given, with --resume."""
     words = [context.command_path]
@@ -232,6 +223,4 @@ def _resume_command(context: click.Context) -> str:
     return " ".join([*words, "--resume"])
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+main.add_command(inspect_curvature)

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from curvlib import GGN, EmpiricalFisher, Fisher
+from curvlib import GGN, EmpiricalFisher, Fisher, Hessian
 from curvlib.approximations import (
     KFAC,
     Approximation,
     BlockDiagonal,
+    ByOutputUnit,
     Dense,
     Diagonal,
     Exact,
     GeneralTransition,
     Identity,
     LinearGaussian,
+    LowRank,
+    RandomizedSketch,
     Reduce,
+    Remainder,
     SymmetricTransition,
 )
 from curvlib.experiments.errors import ExperimentError
@@ -28,6 +32,11 @@ MATRICES: Registry[Any] = Registry("curvature matrix")
 MATRICES.register("ggn", GGN())
 MATRICES.register("fisher", Fisher(samples=1))
 MATRICES.register("empirical-fisher", EmpiricalFisher())
+# To be looked at: those that a method trains with, and the Hessian, which may be indefinite.
+INSPECTED_MATRICES: Registry[Any] = Registry("curvature matrix")
+for _name, _matrix in MATRICES.items():
+    INSPECTED_MATRICES.register(_name, _matrix)
+INSPECTED_MATRICES.register("hessian", Hessian())
 
 # Each takes the matrix that it approximates; the identity has no use for it.
 APPROXIMATIONS: Registry[Callable[[Any], Approximation]] = Registry("curvature approximation")
@@ -42,6 +51,8 @@ APPROXIMATIONS.register("dense", Dense)
 APPROXIMATIONS.register("exact", Exact)
 _IDENTITY = "identity"
 APPROXIMATIONS.register(_IDENTITY, lambda matrix: Identity())
+APPROXIMATIONS.register("unit-blocks", partial(BlockDiagonal, partition=ByOutputUnit()))
+APPROXIMATIONS.register("low-rank", partial(LowRank, method=RandomizedSketch(rank=20), diagonal=Remainder()))
 
 
 @dataclass(frozen=True, kw_only=True)

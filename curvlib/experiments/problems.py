@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.images import MNIST, Curves, Digits
+from curvlib.experiments.images import MNIST, Curves, Digits, SmallMNIST
 from curvlib.experiments.networks import Convolution, Convolutional, FullyConnected, Network, kaiming, sparse
 from curvlib.experiments.options import Option, Value, options_of
 from curvlib.experiments.registry import Registry
@@ -199,6 +199,16 @@ register_problem(
 )
 register_problem(
     Problem(
+        name="digits-small-classifier",
+        description="Recognise 8x8 digits with few units, small enough to look at the whole curvature",
+        source=Digits(),
+        task=Classification(),
+        network=FullyConnected(widths=(64, 12, 12, 12, 12, 12, 10), activation=nn.Tanh),
+        settings={"sgd": {"lr": 0.1}, "adam": {"lr": 0.01}},
+    )
+)
+register_problem(
+    Problem(
         name="digits-convnet",
         description="Recognise 8x8 digits with convolutions",
         source=Digits(),
@@ -263,6 +273,23 @@ register_problem(
             "kfac": {"batch_size": 1000},
             "hessian-free": {"curvature_fraction": 0.2},
             "sgd": {"lr": 0.05},
+            "lbfgs": {"batch_size": 5000},
+        },
+    )
+)
+register_problem(
+    Problem(
+        # the network of figures 2 to 5 of Martens and Grosse (2015)
+        name="mnist-small-classifier",
+        description="Recognise digits of 16x16 pixels with few units",
+        source=SmallMNIST(),
+        task=Classification(),
+        network=FullyConnected(widths=(256, 20, 20, 20, 20, 20, 10), activation=nn.Tanh),
+        settings={
+            "kfac": {"batch_size": 1000},
+            "hessian-free": {"curvature_fraction": 0.2},
+            "sgd": {"lr": 0.1},
+            "adam": {"lr": 0.01},
             "lbfgs": {"batch_size": 5000},
         },
     )

@@ -116,7 +116,7 @@ def test_every_problem_is_what_its_listing_says(name, tmp_path):
     problem = PROBLEMS.get(name)
     network, source = problem.network, problem.source
     if isinstance(source, MNIST):
-        train = Images(pixels=torch.rand(20, 784), labels=torch.arange(20) % 10)
+        train = Images(pixels=torch.rand(20, source.side**2), labels=torch.arange(20) % 10)
     else:
         if isinstance(source, CharacterText):
             (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 20)

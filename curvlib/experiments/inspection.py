@@ -1,0 +1,290 @@
+r"""Looks at a curvature matrix beside its approximations, on the coordinates of some layers.
+
+Symbols: C (d, d) the exact matrix on the selected coordinates, B (d, d) an approximation there, g (d,) the gradient,
+lambda the damping.
+
+==================  ===========================================================
+error               :math:`\|B - C\|_F / \|C\|_F`
+spectral error      :math:`\|B - C\|_2 / \|C\|_2`
+cosine of steps     of :math:`(C + \lambda I)^{-1} g` and :math:`(B + \lambda I)^{-1} g`
+error of a layer    :math:`\|B_{ll} - C_{ll}\|_F / \|C_{ll}\|_F`
+==================  ===========================================================
+
+The inverse on selected coordinates is the inverse of the submatrix: all other parameters are held fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import curvlib
+from curvlib.approximations import Approximation, Exact
+from curvlib.experiments.clock import TrainingClock
+from curvlib.experiments.curvatures import APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.inspection_matrix import Looked, damped_step, look, relative_error, spectral_norm
+from curvlib.experiments.inspection_memory import bytes_of, check_bytes
+from curvlib.experiments.inspection_selection import Selection, select
+from curvlib.operators import LinearOperator
+from curvlib.spectra import SpectralDensity, SpectralMeasure
+
+# What says that an approximation is not for this model, matrix or machine. Others are mistakes of curvlib.
+_NOT_APPLICABLE = (TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError)
+# The matrix itself, which is what all others are held against.
+_REFERENCES = ("exact", "dense")
+# A short estimate is made this often, and the shortest time counts.
+_REPETITIONS, _SHORT_SECONDS = 3, 0.3
+# Two approximations that differ by less, relative to the matrix, are one: float32 rounds in other orders.
+_SAME = 1e-5
+
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is looked at.
+
+    Args:
+        matrix: name of the exact matrix.
+        approximations: names; empty takes all but the matrix itself.
+        approximated: name of the matrix that the approximations are of; None is the exact one.
+        layers: names or patterns; empty takes all.
+        most: coordinates that may be selected.
+        damping: lambda > 0 in the units of C; None is the mean absolute eigenvalue of C.
+        inverses: whether inverses are drawn as well.
+        density: of the whole matrix, where layers are selected; None makes none.
+        seed: of random draws; all matrices see the same ones.
+
+    Raises:
+        ExperimentError: an unknown name, or a value out of bounds.
+    """
+
+    matrix: str = "ggn"
+    approximations: tuple[str, ...] = ()
+    approximated: str | None = None
+    layers: tuple[str, ...] = ()
+    most: int = 2000
+    damping: float | None = None
+    inverses: bool = False
+    density: SpectralDensity | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (self.matrix, *(() if self.approximated is None else (self.approximated,))):
+            INSPECTED_MATRICES.get(name)
+        for name in self.approximations:
+            APPROXIMATIONS.get(name)
+        if len(set(self.approximations)) < len(self.approximations):
+            raise ExperimentError(f"Each approximation is looked at once, got {', '.join(self.approximations)}.")
+        if self.most < 1:
+            raise ExperimentError(f"most must be at least 1, got {self.most}.")
+        if self.damping is not None and not 0.0 < self.damping < float("inf"):
+            raise ExperimentError(f"damping must be a finite number above 0, got {self.damping}.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The approximations that are looked at."""
+        return self.approximations or tuple(name for name in APPROXIMATIONS if name not in _REFERENCES)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InspectedRow:
+    """One approximation, and how far it is from the exact matrix; None where a number is not defined.
+
+    Args:
+        name: of the approximation.
+        reason: why it does not apply here; all else is None then.
+        note: something to know about its numbers.
+        same_as: an earlier approximation with the same numbers on these coordinates.
+        error: relative Frobenius error.
+        spectral_error: relative error in the spectral norm.
+        inverse_error: relative Frobenius error of the damped inverse, where inverses are looked at.
+        step_cosine: cosine between the exact damped step and this one's.
+        layer_errors: relative Frobenius errors of the layers' own blocks.
+        memory: bytes of the operator's floating-point tensors, for the whole model.
+        seconds: for the estimate of the whole model.
+        looked: what is drawn.
+        density: spectrum of the whole matrix.
+    """
+
+    name: str
+    reason: str | None = None
+    note: str | None = None
+    same_as: str | None = None
+    error: float | None = None
+    spectral_error: float | None = None
+    inverse_error: float | None = None
+    step_cosine: float | None = None
+    layer_errors: tuple[float | None, ...] = ()
+    memory: int | None = None
+    seconds: float | None = None
+    looked: Looked | None = None
+    density: SpectralMeasure | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inspected:
+    """What was seen.
+
+    Args:
+        inspection: what was asked for.
+        selection: the coordinates.
+        damping: that was used.
+        exact: the exact matrix.
+        diagonal_share: part of its squared Frobenius norm that lies in the layers' own blocks.
+        rows: one an approximation.
+        density: spectrum of the whole exact matrix, None where all of it is looked at.
+        note: something to know about the exact matrix.
+    """
+
+    inspection: Inspection
+    selection: Selection
+    damping: float
+    exact: Looked
+    diagonal_share: float | None
+    rows: tuple[InspectedRow, ...]
+    density: SpectralMeasure | None = None
+    note: str | None = None
+
+    @property
+    def drawn(self) -> Iterator[tuple[InspectedRow, Looked]]:
+        """The approximations that apply and are not another one's copy."""
+        for row in self.rows:
+            if row.looked is not None and row.same_as is None:
+                yield row, row.looked
+
+
+def inspect_evaluation(evaluation: curvlib.Evaluation, inspection: Inspection, report: Report) -> Inspected:
+    """Return the exact matrix beside its approximations on a batch.
+
+    Args:
+        evaluation: the objective on the batch.
+        inspection: what to look at.
+        report: told what is done, and the part of it that is done.
+
+    Raises:
+        ExperimentError: the layers are unknown or too large, or the exact matrix cannot be made of this model.
+    """
+    selection = select(evaluation, inspection.layers, inspection.most)
+    return _Inspector(evaluation, inspection, selection, report).run()
+
+
+class _Inspector:
+    """The work of :func:`inspect_evaluation`, with what all approximations are held against."""
+
+    def __init__(
+        self, evaluation: curvlib.Evaluation, inspection: Inspection, selection: Selection, report: Report
+    ) -> None:
+        self._evaluation, self._inspection, self._selection, self._report = evaluation, inspection, selection, report
+        self._seen: list[tuple[InspectedRow, Tensor]] = []
+
+    def run(self) -> Inspected:
+        """Look at the exact matrix, then at every approximation."""
+        ask, selection = self._inspection, self._selection
+        try:
+            operator = Exact(INSPECTED_MATRICES.get(ask.matrix)).estimate(self._evaluation, self._draws())
+            C = selection.submatrix(operator, lambda part: self._report("exact", part))
+            self._gradient = self._evaluation.gradient()[selection.coordinates].double()
+            density = self._density(operator, "exact")
+        except _NOT_APPLICABLE as error:
+            raise ExperimentError(f"The exact matrix cannot be made of this model: {error}") from error
+        if not bool(C.isfinite().all()):
+            raise ExperimentError("The exact matrix has entries that are not finite: train with smaller steps.")
+        self._C = C
+        eigenvalues = torch.linalg.eigvalsh(C)
+        self._damping = ask.damping if ask.damping is not None else float(eigenvalues.abs().mean())
+        if not self._damping > 0.0:
+            raise ExperimentError("The exact matrix is zero on these layers: choose others with --layers.")
+        self._norms = float(torch.linalg.matrix_norm(C)), float(eigenvalues.abs().max())
+        self._exact = look(C, eigenvalues, self._damping, ask.inverses)
+        self._step = damped_step(C, self._gradient, self._damping)
+        rows = tuple(self._row(name) for name in ask.names)
+        inside = sum(float(C[part, part].square().sum()) for part in selection.slices)
+        return Inspected(
+            inspection=ask,
+            selection=selection,
+            damping=self._damping,
+            exact=self._exact.without_matrices(),
+            diagonal_share=inside / self._norms[0] ** 2,
+            rows=rows,
+            density=density,
+            note=self._exact.indefinite_note(self._damping),
+        )
+
+    def _row(self, name: str) -> InspectedRow:
+        self._report(name, 0.0)
+        ask = self._inspection
+        try:
+            approximation = APPROXIMATIONS.get(name)(INSPECTED_MATRICES.get(ask.approximated or ask.matrix))
+            check_bytes(approximation, self._evaluation)
+            operator, seconds = self._timed(approximation)
+            B = self._selection.submatrix(operator, lambda part: self._report(name, 0.9 * part))
+            if not bool(B.isfinite().all()):
+                raise ArithmeticError("it has entries that are not finite")
+            row = self._compare(name, B, operator, seconds)
+        except _NOT_APPLICABLE as error:
+            row = InspectedRow(name=name, reason=str(error))
+        self._report(name, 1.0)
+        return row
+
+    def _compare(self, name: str, B: Float[Tensor, "d d"], operator: LinearOperator, seconds: float) -> InspectedRow:
+        C, (frobenius, spectral), slices = self._C, self._norms, self._selection.slices
+        for earlier, matrix in self._seen:
+            if float(torch.linalg.matrix_norm(B - matrix)) <= _SAME * frobenius:
+                return dataclasses.replace(
+                    earlier, name=name, same_as=earlier.name, memory=bytes_of(operator), seconds=seconds, density=None
+                )
+        looked = look(B, torch.linalg.eigvalsh(B), self._damping, self._inspection.inverses, C)
+        step = damped_step(B, self._gradient, self._damping)
+        exact_inverse, inverse = self._exact.inverse, looked.inverse
+        row = InspectedRow(
+            name=name,
+            note=looked.indefinite_note(self._damping),
+            error=float(torch.linalg.matrix_norm(B - C)) / frobenius,
+            spectral_error=spectral_norm(B - C) / spectral,
+            inverse_error=None if inverse is None or exact_inverse is None else relative_error(inverse, exact_inverse),
+            step_cosine=_cosine(self._step, step),
+            layer_errors=tuple(relative_error(B[part, part], C[part, part]) for part in slices),
+            memory=bytes_of(operator),
+            seconds=seconds,
+            looked=looked.against(exact_inverse).without_matrices(),
+            density=self._density(operator, name),
+        )
+        self._seen.append((row, B))
+        return row
+
+    def _timed(self, approximation: Approximation) -> tuple[LinearOperator, float]:
+        shortest = float("inf")
+        for _ in range(_REPETITIONS):
+            clock = TrainingClock(self._evaluation.layout.device)
+            with clock.running():
+                operator = approximation.estimate(self._evaluation, self._draws())
+            shortest = min(shortest, clock.seconds)
+            if shortest > _SHORT_SECONDS:
+                break
+        return operator, shortest
+
+    def _density(self, operator: LinearOperator, name: str) -> SpectralMeasure | None:
+        density = self._inspection.density
+        if density is None or self._selection.is_whole:
+            return None
+        self._report(f"spectrum of {name}", 0.0)
+        measure = density(operator, self._draws())
+        self._report(f"spectrum of {name}", 1.0)
+        return measure
+
+    def _draws(self) -> torch.Generator:
+        return torch.Generator(self._evaluation.layout.device).manual_seed(self._inspection.seed)
+
+
+def _cosine(one: Tensor | None, other: Tensor | None) -> float | None:
+    if one is None or other is None:
+        return None
+    lengths = float(torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other))
+    return float(one @ other) / lengths if lengths > 0.0 else None

@@ -1,0 +1,223 @@
+"""``curvlib inspect``: the exact curvature of a model beside its approximations."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from curvlib.experiments.curvatures import APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.inspection import Inspected, Inspection, inspect_evaluation
+from curvlib.experiments.inspection_figures import Picture, pictures_of
+from curvlib.experiments.inspection_folder import DOCUMENT, PAGE, InspectionFolder
+from curvlib.experiments.inspection_report import document, html_page, legend, remarks, results_table, versions
+from curvlib.experiments.inspection_selection import select
+from curvlib.experiments.inspection_subject import Subject, Training, find_function, own_model, trained
+from curvlib.experiments.methods import METHODS, configure
+from curvlib.experiments.problems import PROBLEMS
+from curvlib.experiments.terminal import console_of_command, device_named
+from curvlib.spectra import SpectralDensity
+
+# Options that say how a problem is trained, and say nothing about a model of one's own.
+_OF_PROBLEMS = ("problem", "method", "steps", "batch_size", "examples", "data", "assignments")
+# Paths of this machine have no place in a report that is given away.
+_PLACEHOLDERS = {"data": "DATA"}
+_UNTOLD = ("output", "overwrite")
+_DENSITY = SpectralDensity(steps=40, probes=8)
+
+
+@click.command("inspect")
+@click.option("--problem", default="digits-small-classifier", help=f"One of {', '.join(PROBLEMS)}.")
+@click.option("--model", metavar="MODULE:FUNCTION", help="Your own: returns (model, loss, (inputs, targets)).")
+@click.option("--method", default="kfac", help=f"To train the problem with: {', '.join(METHODS)}.")
+@click.option("--steps", type=click.IntRange(min=0), default=100, help="Parameter updates before the look.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Examples a step.")
+@click.option("--examples", type=click.IntRange(min=1), default=1000, help="Examples that the curvature is of.")
+@click.option("--matrix", default="ggn", help=f"The exact matrix: {', '.join(INSPECTED_MATRICES)}.")
+@click.option("--approximated", help="The matrix that is approximated.  [default: the exact one]")
+@click.option(
+    "--approximation",
+    "approximations",
+    multiple=True,
+    help=f"Repeatable; of {', '.join(APPROXIMATIONS)}.  [default: all that are not the matrix itself]",
+)
+@click.option("--layers", help="Names or patterns, such as 2,4,6 or 'encoder.*'.  [default: all]")
+@click.option("--most", type=click.IntRange(min=1), default=2000, help="Coordinates that may be looked at.")
+@click.option("--damping", type=float, help="For steps and inverses.  [default: mean absolute eigenvalue]")
+@click.option("--inverse", is_flag=True, help="Draw the damped inverses as well.")
+@click.option("--density/--no-density", default=True, help="Spectrum of the whole matrix, where layers are left out.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of all randomness.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="CURVLIB_DATA",
+    show_envvar=True,
+    help="Folder of data files, or the text file.",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of results.  [default: results/inspect-PROBLEM]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier inspection in the output folder.")
+@click.option("--device", default="auto", type=click.Choice(["cpu", "cuda", "auto"]), help="Where to compute.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="OPTION=VALUE", help="Repeatable; an option of the method."
+)
+@click.pass_context
+def inspect_curvature(
+    context: click.Context, *, model: str | None, output: Path | None, overwrite: bool, **request: Any
+) -> None:
+    """Draw the exact curvature beside its approximations, and say how far they are from it.
+
+    Writes PNG files, report.html (one page with everything inside) and inspection.json to the output folder.
+    """
+    inspection = _inspection(request)
+    device = device_named(request["device"])
+    subject_of = _subject_maker(context, model, device, inspection, request)
+    name = request["problem"] if model is None else model.replace(":", "-")
+    folder = InspectionFolder(
+        output if output is not None else Path("results") / f"inspect-{name}", overwrite=overwrite
+    )
+    console = console_of_command()
+    with _bars(console) as report:
+        subject = subject_of(report)
+        inspected = inspect_evaluation(subject.evaluation, inspection, report)
+        report("pictures", 0.0)
+        pictures = list(pictures_of(inspected))
+        report("pictures", 1.0)
+    how = _how(context, subject, inspected, device)
+    try:
+        folder.write(_files(subject.title, inspected, pictures, how))
+    except OSError as error:
+        raise click.ClickException(f"Cannot write to {folder.path}: {error}.") from error
+    _tell(console, subject, inspected, folder)
+
+
+def _inspection(request: Mapping[str, Any]) -> Inspection:
+    layers: str | None = request["layers"]
+    return Inspection(
+        matrix=request["matrix"],
+        approximated=request["approximated"],
+        approximations=request["approximations"],
+        layers=() if layers is None else tuple(part.strip() for part in layers.split(",") if part.strip()),
+        most=request["most"],
+        damping=request["damping"],
+        inverses=request["inverse"],
+        density=_DENSITY if request["density"] else None,
+        seed=request["seed"],
+    )
+
+
+def _subject_maker(
+    context: click.Context, model: str | None, device: torch.device, inspection: Inspection, request: Mapping[str, Any]
+) -> Callable[[Callable[[str, float], None]], Subject]:
+    """Return what makes the subject, with everything checked that can be before the work begins."""
+    if model is not None:
+        given = [key for key in _OF_PROBLEMS if context.get_parameter_source(key) is ParameterSource.COMMANDLINE]
+        if given:
+            flags = ", ".join(_flag(context, key) for key in given)
+            raise ExperimentError(
+                f"{flags} is for the built-in problems, and --model {model} was given: train the model inside its "
+                "function."
+            )
+        function = find_function(model)
+        return lambda report: own_model(model, function, request["seed"], device)
+    problem = PROBLEMS.get(request["problem"])
+    own = dict(_assignment(text) for text in request["assignments"])
+    if request["batch_size"] is not None:
+        own = {"batch_size": str(request["batch_size"]), **own}
+    training = Training(
+        problem=problem,
+        method=configure(request["method"], problem, own),
+        steps=request["steps"],
+        examples=request["examples"],
+        seed=request["seed"],
+        device=device,
+    )
+    loaded = problem.load(request["data"])
+    return lambda report: trained(
+        training, loaded, report, lambda evaluation: select(evaluation, inspection.layers, inspection.most)
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (equals and key and value):
+        raise ExperimentError(f"--set needs OPTION=VALUE, such as lr=0.05, got {text!r}.")
+    return key, value
+
+
+def _how(context: click.Context, subject: Subject, inspected: Inspected, device: torch.device) -> dict[str, str]:
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return {
+        "command": _command(context),
+        **subject.facts,
+        "curvature": f"{inspected.inspection.matrix} on {subject.evaluation.examples} examples",
+        "damping": f"{inspected.damping:.6g}"
+        + ("" if inspected.inspection.damping is not None else ", the mean absolute eigenvalue of the exact matrix"),
+        "seed": str(inspected.inspection.seed),
+        "device": f"{device.type}{threads}",
+        **versions(),
+    }
+
+
+def _command(context: click.Context) -> str:
+    """Return the command line that was given, without paths of this machine."""
+    words = ["curvlib", "inspect"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        if not given or name in _UNTOLD:
+            continue
+        value = _PLACEHOLDERS.get(name, context.params.get(name))
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append(parameter.opts[0] if value else (parameter.secondary_opts or [""])[0])
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [word for item in values for word in (parameter.opts[0], shlex.quote(str(item)))]
+    return " ".join(words)
+
+
+def _flag(context: click.Context, name: str) -> str:
+    return next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+
+
+def _files(title: str, inspected: Inspected, pictures: Sequence[Picture], how: Mapping[str, str]) -> dict[str, bytes]:
+    files = {picture.file: picture.png for picture in pictures}
+    files[PAGE] = html_page(title, inspected, pictures, how).encode()
+    return {**files, DOCUMENT: json.dumps(document(inspected, how, list(files)), indent=1, allow_nan=False).encode()}
+
+
+def _tell(console: Console, subject: Subject, inspected: Inspected, folder: InspectionFolder) -> None:
+    console.print()
+    console.print(subject.title, *subject.facts.values(), sep="\n", markup=False, highlight=False)
+    console.print(results_table(inspected))
+    console.print(legend(inspected), style="dim", markup=False, highlight=False)
+    for line in remarks(inspected):
+        console.print(line, markup=False, highlight=False)
+    for label, file in (("report:", PAGE), ("numbers:", DOCUMENT)):
+        console.print(f"{label:<9}{folder.path / file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar for everything that is reported."""
+    tasks: dict[str, TaskID] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def report(what: str, part: float) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=1.0)
+            progress.update(tasks[what], completed=part)
+
+        yield report
