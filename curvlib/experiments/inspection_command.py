@@ -143,6 +143,9 @@ def _subject_maker(
         seed=request["seed"],
         device=device,
     )
+    # The environment variable stands for all problems; an option was meant for this one.
+    if context.get_parameter_source("data") is ParameterSource.COMMANDLINE and not problem.source.reads_files:
+        click.echo(f"Warning: --data {request['data']} is not used: {problem.name} needs no data files.", err=True)
     loaded = problem.load(request["data"])
     return lambda report: trained(
         training, loaded, report, lambda evaluation: select(evaluation, inspection.layers, inspection.most)

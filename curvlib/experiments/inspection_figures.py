@@ -182,14 +182,16 @@ def _densities(inspected: Inspected) -> bytes:
     lowest = min(float(measure.nodes.min()) for _, measure in measures)
     largest = max(float(measure.nodes.abs().max()) for _, measure in measures)
     points = torch.linspace(min(lowest, 0.0) - 0.04 * largest, 1.04 * largest, 400, dtype=torch.float64)
+    highest = 0.0
     for (name, measure), style in zip(measures, _line_styles(), strict=False):
         # one kernel for all: they can be compared
         heights = measure.density(points, width=largest * _KERNEL).value
+        highest = max(highest, float(heights.max()))
         density.plot(points.numpy(), heights.cpu().numpy(), label=name, **style)
         count.plot(*_counted(measure, largest), label=name, **style)
     density.set_yscale("log")
     # Further down are the tails of the kernels that smooth it.
-    density.set_ylim(bottom=density.get_ylim()[1] * 1e-7)
+    density.set_ylim(highest * 1e-6, highest * 3)
     density.set_xlabel("eigenvalue")
     density.set_ylabel("density")
     count.set_xscale("log")

@@ -84,7 +84,7 @@ def entries_per_pixel(size: int) -> int:
 def picture_of(C: Float[Tensor, "d d"]) -> Float[Tensor, "p p"]:
     """Return the absolute values, averaged over squares of entries where there are more than pixels."""
     side = entries_per_pixel(len(C))
-    pixels = functional.avg_pool2d(C.abs()[None, None], side, ceil_mode=True, count_include_pad=False)
+    pixels = functional.avg_pool2d(C.abs()[None, None], side, ceil_mode=True)
     return pixels[0, 0].float().cpu()
 
 

@@ -53,6 +53,11 @@ def test_everything_is_written_and_the_page_needs_no_other_file(tmp_path):
         picture = pixels((output / name).read_bytes())
         assert min(picture.shape[:2]) > 250
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    # both halves of the density hold thick black lines and coloured ones
+    left, right = np.array_split(pixels((output / "density.png").read_bytes())[60:380, 80:], 2, axis=1)
+    for half in (left, right):
+        assert (half.max(axis=2) < 30).sum() > 300
+        assert (np.ptp(half, axis=2) > 100).sum() > 150
     page = (output / "report.html").read_text()
     assert not re.search(r"https?:|<script|<link|url\(|@import", page)
     sources = re.findall(r"src='([^']*)'", page)
@@ -233,6 +238,9 @@ def test_the_path_of_the_data_is_not_told(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "--data DATA" in page
     assert "secret" not in page
+    assert not outcome.stderr
+    outcome = inspect(tmp_path / "b", *SMALL, "--layers", "x", "--data", tmp_path)
+    assert f"Warning: --data {tmp_path} is not used" in outcome.stderr
 
 
 def test_heat_maps_are_black_and_white_with_the_borders_dashed():
