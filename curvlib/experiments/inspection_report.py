@@ -37,7 +37,7 @@ class _Column:
 
 def results_table(inspected: Inspected) -> Table:
     """Return one row an approximation; those that do not apply, or are another one's copy, say so."""
-    table = Table(title=f"Approximations of {inspected.inspection.matrix}, on {_layers(inspected)}")
+    table = Table(title=_what(inspected))
     table.add_column("approximation", no_wrap=True)
     for column in _columns(inspected):
         table.add_column(column.title, justify="right", no_wrap=True)
@@ -137,7 +137,7 @@ def html_page(title: str, inspected: Inspected, pictures: Sequence[Picture], how
     notes = "".join(f"<li>{escape(line)}</li>" for line in remarks(inspected) if "does not apply" not in line)
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(inspected.inspection.matrix)} on {escape(_layers(inspected))}.</p>",
+        f"<p>{escape(_what(inspected))}.</p>",
         f"<h2>Errors, steps and cost</h2>{numbers}<p class='note'>{escape(legend(inspected))}</p>",
         f"<ul class='note'>{notes}</ul>" if notes else "",
         f"<h2>Errors of the layers' own blocks</h2>{blocks}",
@@ -175,6 +175,11 @@ def _columns(inspected: Inspected) -> list[_Column]:
     if inspected.inspection.inverses:
         columns.insert(2, _Column(title="inverse error", text=lambda row: _number(row.inverse_error)))
     return columns
+
+
+def _what(inspected: Inspected) -> str:
+    exact, approximated = inspected.inspection.matrix, inspected.inspection.approximated
+    return f"Approximations of {approximated or exact} beside the exact {exact}, on {_layers(inspected)}"
 
 
 def _layers(inspected: Inspected) -> str:

@@ -190,6 +190,9 @@ def test_approximations_of_another_matrix_are_held_against_the_exact_one():
     C, B = (Dense(m).estimate(at).to_dense() for m in (curvlib.GGN(), curvlib.EmpiricalFisher()))
     row = looked_at(at, approximated="empirical-fisher", approximations=("dense",)).rows[0]
     assert row.error == pytest.approx(float((B - C).norm() / C.norm()))
+    seen = looked_at(at, approximated="empirical-fisher", approximations=("dense",), layers=("0", "4"))
+    told = "Approximations of empirical-fisher beside the exact ggn, on 28 of 43 parameters, in layers 0, 4"
+    assert results_table(seen).title == told
 
 
 def test_an_indefinite_matrix_has_no_damped_step_and_says_so():
