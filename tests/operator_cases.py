@@ -1,7 +1,6 @@
 """One random operator of every structure, each beside the dense matrix that it must equal, made by another way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,45 +25,10 @@ from curvlib.operators import (
     Sum,
     SymmetricKroneckerChain,
 )
+from curvlib.testing import Draw
+from curvlib.testing.numbers import draw, lags
 
-
-@dataclass(frozen=True)
-class Draw:
-    """Random numbers from one seed, always made on the CPU so that every device gets the same ones.
-
-    ``definite`` asks for positive semi-definite matrices; otherwise they are indefinite.
-    """
-
-    generator: torch.Generator
-    device: torch.device
-    definite: bool
-    dtype: torch.dtype = torch.float64
-
-    def integer(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
-
-    def permutation(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self.generator).to(self.device)
-
-    def values(self, *shape: int) -> Tensor:
-        return self.normal(*shape).square() if self.definite else self.normal(*shape)
-
-    def symmetric(self, n: int) -> Tensor:
-        B = self.normal(n, n)
-        return B @ B.T / n if self.definite else (B + B.T) / 2
-
-    def orthogonal(self, n: int) -> Tensor:
-        return torch.linalg.qr(self.normal(n, n)).Q
-
-    def factor(self) -> float:
-        return 0.1 + abs(float(self.normal(1))) if self.definite else float(self.normal(1))
-
-
-def draw(seed: int, device: torch.device, definite: bool = True, dtype: torch.dtype = torch.float64) -> Draw:
-    return Draw(torch.Generator().manual_seed(seed), device, definite, dtype)
+__all__ = ["CASES", "Draw", "close", "draw", "subclasses"]
 
 
 def _matrix_of(parts: list[tuple[Tensor, Tensor]], size: int) -> Tensor:
@@ -267,38 +231,33 @@ def kronecker_congruence_of_two_terms(d: Draw):
     return KroneckerCongruence(terms, e), N.T @ torch.diag(e.reshape(-1)) @ N
 
 
-def _lags(root: Tensor, psi: Tensor, longest: int) -> list[Tensor]:
-    """The moments at lags 0, 1, ... of x_{t+1} = Psi x_t + noise with unit covariance, seen through the root."""
-    return [root @ torch.linalg.matrix_power(psi, i) @ root.T for i in range(longest + 1)]
-
-
 def symmetric_kronecker_chain(d: Draw):
     """Positive semi-definite whatever was asked for; the antisymmetric parts of the lag-1 moments do not count."""
     sizes, r = (d.integer(1, 3), d.integer(1, 3)), torch.tensor([1.0, 0.7, 0.5, 0.3, 0.1], dtype=torch.float64)
-    lags, skew = [], []
+    moments, skew = [], []
     for n in sizes:
         Q, B = d.orthogonal(n), d.normal(n, n)
-        lags.append(_lags(d.normal(n, n), Q @ torch.diag(d.normal(n).tanh()) @ Q.T, 4))
+        moments.append(lags(d.normal(n, n), Q @ torch.diag(d.normal(n).tanh()) @ Q.T, 4))
         skew.append(B - B.T)
-    M = _kron(lags[0][0], lags[1][0])
+    M = _kron(moments[0][0], moments[1][0])
     for i in range(1, 5):
-        M = M + 2.0 * float(r[i]) * _kron(lags[0][i], lags[1][i])
-    lag0, lag1 = tuple(F[0] for F in lags), tuple(F[1] + K for F, K in zip(lags, skew, strict=True))
+        M = M + 2.0 * float(r[i]) * _kron(moments[0][i], moments[1][i])
+    lag0, lag1 = tuple(F[0] for F in moments), tuple(F[1] + K for F, K in zip(moments, skew, strict=True))
     return SymmetricKroneckerChain(lag0, lag1, r.to(d.device, d.dtype)), M
 
 
 def general_kronecker_chain(d: Draw):
     """Positive semi-definite whatever was asked for."""
     sizes = (d.integer(1, 3), d.integer(1, 3))
-    lags = []
+    moments = []
     for n in sizes:
         B = d.normal(n, n)
         # 0.64^120 < 1e-23
-        lags.append(_lags(d.normal(n, n), 0.8 * B / torch.linalg.matrix_norm(B, 2), 120))
-    M = _kron(lags[0][0], lags[1][0])
-    for G, A in zip(lags[0][1:], lags[1][1:], strict=True):
+        moments.append(lags(d.normal(n, n), 0.8 * B / torch.linalg.matrix_norm(B, 2), 120))
+    M = _kron(moments[0][0], moments[1][0])
+    for G, A in zip(moments[0][1:], moments[1][1:], strict=True):
         M = M + _kron(G, A) + _kron(G.T, A.T)
-    return GeneralKroneckerChain(tuple(F[0] for F in lags), tuple(F[1] for F in lags)), M
+    return GeneralKroneckerChain(tuple(F[0] for F in moments), tuple(F[1] for F in moments)), M
 
 
 def low_rank(d: Draw):

@@ -21,7 +21,10 @@ ALLOWED = {
     "spectra": {"operators", "solvers"},
     "optimizers": {"approximations", "matrices", "objective", "operators", "output_losses", "solvers"},
     "experiments": {"", "approximations", "operators", "optimizers", "output_losses", "solvers", "spectra"},
+    "testing": {"", "approximations", "extensions", "objective", "operators", "output_losses", "solvers"},
 }
+# These two use what a user may use: names of the package itself as well.
+PUBLIC_ALONE = {"experiments", "testing"}
 USES_BACKPACK = {"extensions", "approximations"}
 
 
@@ -55,7 +58,9 @@ def test_imports(path):
         if top == "curvlib":
             other = rest[0] if rest else ""
             public = other not in ALLOWED  # a name of the package itself, such as curvlib.GGN
-            assert other == own or (own == "experiments" and public) or other in ALLOWED[own], f"{own} imports {name}"
+            if own == "testing" and other != own:
+                assert len(rest) <= 1, f"{own} imports {name}, which is no public module"
+            assert other == own or (own in PUBLIC_ALONE and public) or other in ALLOWED[own], f"{own} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

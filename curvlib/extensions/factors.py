@@ -163,7 +163,8 @@ class DenseFactors(MapFactors):
     @property
     def mean_positions(self) -> Float[Tensor, ""]:
         """How many positions an example has, on average."""
-        return super().mean_positions if self.lengths is None else self.lengths.float().mean()
+        mean = super().mean_positions
+        return mean if self.lengths is None else self.lengths.to(mean.dtype).mean()
 
     @property
     def inputs(self) -> Float[Tensor, "N T groups d_in"]:

@@ -86,6 +86,8 @@ class MatrixFree(LinearOperator):
         if self.form is None:
             return super().quadratic_form(V)
         self._check_vector(V)
+        if V.numel() == 0:
+            return V.new_zeros(0, 0)
         with full_precision(V.device):
             return self.form(V) if V.ndim == 2 else self.form(V.unsqueeze(1)).reshape(())
 

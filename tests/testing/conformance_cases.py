@@ -1,0 +1,152 @@
+"""A case for every class that curvlib exports: add one line for a new class, beside its entry in operator_cases.CASES.
+
+Operators have theirs in ``operator_cases.CASES``, losses in ``curvlib.testing.EVERY_LOSS``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvlib import GGN, EmpiricalFisher, Fisher, Hessian
+from curvlib.approximations import (
+    KFAC,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Exact,
+    HutchinsonDiagonal,
+    Identity,
+    LowRank,
+    PerLayer,
+    RootDiagonal,
+    StructuralDamping,
+)
+from curvlib.operators import Kronecker
+from curvlib.solvers import CG, FactoredTikhonov, ResidualTest, damped_inverse
+from curvlib.testing import (
+    EVERYWHERE,
+    ON_BLOCKS,
+    ON_DIAGONAL,
+    ONE_EXAMPLE,
+    ExactOn,
+    LayerCase,
+    attentions,
+    convolutions,
+    draws,
+    embedding_bags,
+    embeddings,
+    kronecker_factors,
+    norms,
+    recurrent_cells,
+    recurrent_layers,
+    transposed_convolutions,
+)
+from curvlib.testing.exactness import diagonal_entries, matrix_of_loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is tested, and what a suite is told about it."""
+
+    tested: Any
+    claims: dict = field(default_factory=dict)
+    note: str = ""
+
+    def __str__(self):
+        name = getattr(self.tested, "__name__", None) or repr(self.tested)
+        return f"{name} {self.note}".strip()
+
+
+def root(M, evaluation):
+    return diagonal_entries(M, evaluation).sqrt()
+
+
+def unit(network):
+    return torch.eye(len(network.theta), dtype=torch.float64)
+
+
+def ggn(network):
+    return matrix_of_loss(network, GGN())
+
+
+SUM = 0.5 * Diagonal(GGN()) + 2.0 * BlockDiagonal(GGN())
+
+
+def weighted(M, evaluation):
+    return 0.5 * diagonal_entries(M, evaluation) + 2.0 * ON_BLOCKS.part(M, evaluation)
+
+
+APPROXIMATIONS = (
+    *(Case(Exact(matrix), {"exact_on": EVERYWHERE}) for matrix in (GGN(), EmpiricalFisher(), Fisher(samples=2))),
+    Case(Exact(Hessian()), {"exact_on": EVERYWHERE, "semidefinite": False}),
+    Case(Dense(GGN()), {"exact_on": EVERYWHERE}),
+    *(Case(BlockDiagonal(matrix), {"exact_on": ON_BLOCKS}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
+    *(Case(Diagonal(matrix), {"exact_on": ON_DIAGONAL}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
+    *(Case(KFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
+    Case(RootDiagonal(GGN()), {"exact_on": ExactOn(part=root), "degree": 0.5}),
+    Case(HutchinsonDiagonal(GGN()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
+    Case(LowRank(GGN()), {"exact_on": EVERYWHERE}),
+    Case(LowRank(Fisher(samples=2)), {"exact_on": EVERYWHERE}),
+    Case(Identity(), {"exact_on": ExactOn(matrix=unit), "degree": 0.0}),
+    Case(PerLayer([("0", BlockDiagonal(GGN()))], otherwise=KFAC(GGN())), {}),
+    Case(PerLayer([], otherwise=Diagonal(GGN())), {"exact_on": ExactOn(matrix=ggn, part=diagonal_entries)}),
+    # its scale is that of the examples, whatever the loss divides by
+    Case(StructuralDamping(modules=(nn.Linear,)), {"degree": None}),
+    Case(SUM, {"exact_on": ExactOn(matrix=ggn, part=weighted)}),
+    Case(1.0 * Exact(GGN()) + 0.0 * Exact(Hessian()), {"exact_on": ExactOn(matrix=ggn)}),
+)
+
+
+def linear(d):
+    layer = nn.Linear(d.integer(1, 3), d.integer(1, 3), bias=d.integer(0, 1) == 1)
+    return LayerCase(layer, d.normal(d.integer(1, 3), *(2,) * d.integer(0, 2), layer.in_features))
+
+
+# module class -> strategy of LayerCase whose module is, or contains, one
+LAYERS: dict[type[nn.Module], Any] = {
+    nn.Linear: draws().map(linear),
+    **{kind: convolutions(kinds=(kind,)) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    **{
+        kind: transposed_convolutions(kinds=(kind,))
+        for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    },
+    nn.BatchNorm1d: norms(names=("batch",), all_dimensions=(1,)),
+    nn.BatchNorm2d: norms(names=("batch",), all_dimensions=(2,)),
+    nn.BatchNorm3d: norms(names=("batch",), all_dimensions=(3,)),
+    nn.InstanceNorm1d: norms(names=("instance",), all_dimensions=(1,)),
+    nn.InstanceNorm2d: norms(names=("instance",), all_dimensions=(2,)),
+    nn.InstanceNorm3d: norms(names=("instance",), all_dimensions=(3,)),
+    nn.GroupNorm: norms(names=("group",)),
+    nn.LayerNorm: norms(names=("layer",)),
+    nn.RMSNorm: norms(names=("rms",)),
+    nn.Embedding: embeddings(),
+    nn.EmbeddingBag: embedding_bags(),
+    nn.MultiheadAttention: attentions(),
+    nn.RNN: recurrent_layers(kinds=("tanh", "relu")),
+    nn.LSTM: recurrent_layers(kinds=("lstm",)),
+    nn.GRU: recurrent_layers(kinds=("gru",)),
+    nn.RNNCell: recurrent_cells(kinds=("tanh", "relu")),
+    nn.LSTMCell: recurrent_cells(kinds=("lstm",)),
+    nn.GRUCell: recurrent_cells(kinds=("gru",)),
+}
+
+
+def factored(C, damping):
+    """Each factor of two with its share of the damping, by the traces."""
+    G, A = (factor.to_dense() for factor in C.factors)
+    pi = ((A.trace() / len(A)) / (G.trace() / len(G))) ** 0.5
+    G, A = (
+        torch.linalg.inv(F + share * damping**0.5 * torch.eye(len(F), dtype=F.dtype))
+        for F, share in ((G, 1 / pi), (A, pi))
+    )
+    return torch.kron(G, A)
+
+
+SOLVERS = (
+    Case(damped_inverse),
+    Case(FactoredTikhonov()),
+    Case(FactoredTikhonov(), {"operators": kronecker_factors().map(Kronecker), "inverse": factored}, "of two factors"),
+    Case(CG(stop=ResidualTest(relative=1e-12)), {}, "conjugate gradients"),
+)

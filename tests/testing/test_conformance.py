@@ -1,0 +1,126 @@
+"""Every class that curvlib exports passes the suite of its kind; a class without a case makes a test fail by name."""
+
+import inspect
+
+import pytest
+import torch
+from conformance_cases import APPROXIMATIONS, LAYERS, SOLVERS
+from operator_cases import CASES
+
+import curvlib
+from curvlib.extensions.rule import _RULES
+from curvlib.operators import Dense, LinearOperator
+from curvlib.output_losses import OutputLoss, output_loss
+from curvlib.solvers import CG, CGInverse, RaiseAtLimit, ResidualTest
+from curvlib.testing import (
+    EVERY_LOSS,
+    check_approximation,
+    check_layer,
+    check_loss,
+    check_operator,
+    check_solver,
+    draw,
+    draws,
+)
+
+# PyTorch's own word on its speed, not on its result
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+PARTS = ("approximations", "extensions", "operators", "optimizers", "output_losses", "solvers", "spectra")
+
+
+def exported():
+    """The classes and functions that the parts of curvlib export."""
+    for part in PARTS:
+        module = getattr(curvlib, part)
+        yield from (getattr(module, name) for name in module.__all__)
+
+
+def concrete(base):
+    return {x for x in exported() if inspect.isclass(x) and issubclass(x, base) and not inspect.isabstract(x)} - {base}
+
+
+def names(classes):
+    return sorted(f"{x.__module__}.{x.__qualname__}" for x in classes)
+
+
+def cg_inverse(d):
+    M = d.symmetric(d.integer(1, 5)) + 0.1 * torch.eye(1, dtype=d.dtype)
+    eye = torch.eye(len(M), dtype=d.dtype)
+    method = CG(stop=ResidualTest(relative=1e-13), on_limit=RaiseAtLimit())
+    return method(Dense(M), 0.5), torch.linalg.inv(M + 0.5 * eye)
+
+
+def test_every_operator_has_a_case():
+    covered = {type(make(draw(0))[0]) for make in CASES.values()} | {CGInverse}
+    assert names(concrete(LinearOperator) - covered) == [], "add a case to operator_cases.CASES"
+
+
+# The transition F_0^-1/2 F_1 F_0^-1/2 has the errors of F_1 times the condition number of F_0, up to 1e5.
+TOLERANCES = {"symmetric_kronecker_chain": 1e-8, "general_kronecker_chain": 1e-8}
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_operator(make):
+    tolerance = TOLERANCES.get(make.__name__)
+    check_operator(draws(definite=None).map(make), tolerance=tolerance, examples=4)
+    check_operator(draws().map(make), semidefinite=True, tolerance=tolerance, examples=1)
+
+
+def test_inverse_by_conjugate_gradients():
+    check_operator(draws().map(cg_inverse), semidefinite=True, tolerance=1e-8, examples=2)
+
+
+def test_every_approximation_has_a_case():
+    covered = {type(case.tested) for case in APPROXIMATIONS}
+    assert names(concrete(curvlib.approximations.Approximation) - covered) == [], "add a line to APPROXIMATIONS"
+
+
+@pytest.mark.parametrize("case", APPROXIMATIONS, ids=str)
+def test_approximation(case):
+    check_approximation(case.tested, **case.claims, examples=4, draws=80)
+
+
+def test_every_layer_has_a_case():
+    known = {module for module in _RULES if module.__module__.startswith("torch.nn")}  # tests have rules of their own
+    assert names(known - LAYERS.keys()) == [], "add a line to LAYERS"
+
+
+@pytest.mark.parametrize("module", LAYERS, ids=lambda module: module.__name__)
+def test_layer(module):
+    check_layer(LAYERS[module], examples=2)
+
+
+def test_every_loss_has_a_case():
+    made = {case: case.make(torch.zeros(2, 2), "mean") for case in EVERY_LOSS}
+    covered = {type(loss) for loss in made.values()}
+    known = {loss for loss in output_loss.registry if loss.__module__.startswith("torch.nn")}
+    assert names(known - covered) == [], "add a case to curvlib.testing.losses"
+    covered |= {type(output_loss(loss)) for loss in made.values()}
+    assert names(concrete(OutputLoss) - covered) == [], "add a case to curvlib.testing.losses"
+
+
+@pytest.mark.parametrize("case", EVERY_LOSS, ids=lambda case: case.name)
+def test_loss(case):
+    check_loss(case, examples=6, draws=1000)
+
+
+def is_solver(x):
+    """Whether it is called with (operator, damping)."""
+    call = x.__call__ if inspect.isclass(x) and "__call__" in vars(x) else x
+    if inspect.isclass(call):
+        return False
+    parameters = [name for name in inspect.signature(call).parameters if name != "self"]
+    return parameters == ["operator", "damping"]
+
+
+def test_every_solver_has_a_case():
+    known = {x for name in curvlib.solvers.__all__ if is_solver(x := getattr(curvlib.solvers, name))}
+    assert len(known) >= 3
+    covered = {case.tested if inspect.isfunction(case.tested) else type(case.tested) for case in SOLVERS}
+    assert names(known - covered) == [], "add a line to SOLVERS"
+
+
+@pytest.mark.parametrize("case", SOLVERS, ids=str)
+def test_solver(case):
+    check_solver(case.tested, **case.claims, examples=15)
