@@ -66,6 +66,15 @@ def test_quadratic_forms_need_no_backward_pass_and_are_right(network):
     torch.testing.assert_close(C.quadratic_form(V), V.T @ dense @ V, **CLOSE)
 
 
+@pytest.mark.parametrize("matrix", [GGN(), Hessian(), EmpiricalFisher()], ids=str)
+def test_products_and_forms_of_no_columns(matrix):
+    network = Network(mlp([2, 3]), nn.MSELoss(), torch.randn(4, 2).double(), torch.randn(4, 3).double())
+    C = Exact(matrix).estimate(evaluate(network))
+    none = torch.zeros(C.size, 0, dtype=torch.float64)
+    assert (C @ none).shape == (C.size, 0)
+    assert C.quadratic_form(none).shape == (0, 0)
+
+
 @for_every_loss
 def test_exact_hessian(case, data):
     network = data.draw(networks(losses=(case,)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LOSSES, mlp
+from cases import LOSSES, PositionsLast, mlp
 from torch import nn
 
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective, StaleEvaluationError, UnsupportedLayerError
@@ -215,3 +215,14 @@ def test_examples_without_targets_are_left_out_however_the_data_are_cut(cut, red
     batches = list(zip(x.split(cut), y.split(cut), strict=True))
     C = KFAC(GGN()).estimate_over(objective, batches, progress=False)
     torch.testing.assert_close(C.to_dense(), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_mean_number_of_positions_has_the_precision_of_the_statistics():
+    """Lengths 2, 3 and 3 have the mean 8/3, which float32 rounds by 3e-8."""
+    torch.manual_seed(0)
+    model = mlp([2, 3], final=[PositionsLast()])
+    x, y = torch.randn(3, 3, 2).double(), torch.tensor([[0, 1, -100], [1, 0, 2], [2, 0, 1]])
+    objective = Objective(model, nn.CrossEntropyLoss())
+    expected = KFAC(GGN()).estimate(objective.at((x, y))).to_dense()
+    over = KFAC(GGN()).estimate_over(objective, [(x[:2], y[:2]), (x[2:], y[2:])], progress=False)
+    torch.testing.assert_close(over.to_dense(), expected, rtol=1e-12, atol=1e-13)

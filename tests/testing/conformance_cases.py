@@ -24,7 +24,7 @@ from curvlib.approximations import (
     StructuralDamping,
 )
 from curvlib.operators import Kronecker
-from curvlib.solvers import CG, FactoredTikhonov, ResidualTest, damped_inverse
+from curvlib.solvers import CG, MINRES, FactoredTikhonov, RaiseAtLimit, ResidualTest, damped_inverse
 from curvlib.testing import (
     EVERYWHERE,
     ON_BLOCKS,
@@ -148,5 +148,11 @@ SOLVERS = (
     Case(damped_inverse),
     Case(FactoredTikhonov()),
     Case(FactoredTikhonov(), {"operators": kronecker_factors().map(Kronecker), "inverse": factored}, "of two factors"),
-    Case(CG(stop=ResidualTest(relative=1e-12)), {}, "conjugate gradients"),
+    Case(CG(stop=ResidualTest(relative=1e-12))),
+    Case(MINRES(stop=ResidualTest(relative=1e-12)), {"refuses_indefinite": False}),
 )
+
+
+# The inverses that solve anew at each product: whose they are.
+TIGHT = {"stop": ResidualTest(relative=1e-13), "on_limit": RaiseAtLimit()}
+ITERATIVE = (CG(**TIGHT), MINRES(**TIGHT))
