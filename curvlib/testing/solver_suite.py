@@ -27,7 +27,7 @@ Inverse = Callable[[LinearOperator, float], Float[Tensor, "D D"]]
 def dense_inverse(operator: LinearOperator, damping: float) -> Float[Tensor, "D D"]:
     """Return (C + lambda I)^-1 by brute force in float64."""
     M = operator.to_dense().double()
-    return torch.linalg.inv(M + damping * torch.eye(len(M), dtype=M.dtype)).to(operator.dtype)
+    return torch.linalg.inv(M + damping * torch.eye(len(M), dtype=M.dtype, device=M.device)).to(operator.dtype)
 
 
 def check_solver(
