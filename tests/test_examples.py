@@ -22,7 +22,8 @@ def table(text, columns):
 
 def test_every_example_is_short_and_tested():
     scripts = {path.stem: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}
-    assert scripts.keys() == {"one_step_by_hand", "swap_curvatures", "train_with_presets", "gpt_on_text"}
+    names = {"one_step_by_hand", "swap_curvatures", "train_with_presets", "gpt_on_text", "own_approximation"}
+    assert scripts.keys() == names
     assert all(len(lines) < 75 for lines in scripts.values())
 
 
@@ -69,3 +70,24 @@ def test_gpt_on_text(capsys, monkeypatch):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text)]
     assert len(losses) == 4
     assert losses[-1] < 0.85 * losses[0]
+
+
+def test_own_approximation(capsys):
+    text = output_of("own_approximation", capsys)
+    assert text.count("product of two diagonals") == 4
+    rows = table(text, 1)
+    change = {name: value for name, (value,) in rows.items()}
+    assert len(change) == 6
+    for name in ("eigenvalues first", "conjugate gradients", "MINRES"):
+        assert change[name] == pytest.approx(change["by structure"], abs=2e-4), "they solve the same system"
+    assert change["factored damping"] != change["by structure"]
+    assert min(change, key=change.get) == "preconditioning exact"
+    losses = [float(loss) for loss in re.findall(r"(\d+\.\d+) training loss", text)]
+    assert len(losses) == 2
+    assert max(losses) < 2.0, "both train"
+
+
+def test_own_approximation_is_defined_in_few_lines():
+    text = (EXAMPLES / "own_approximation.py").read_text()
+    body = text.split("@dataclass(frozen=True)")[1].split('if __name__ == "__main__":')[0]
+    assert len(body.strip().splitlines()) < 40
