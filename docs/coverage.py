@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlib
-from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective
-from curvlib import approximations as A
+from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective, approximations
 
 TARGET = Path(__file__).with_name("coverage.md")
 # Rounding of float64 sums and of products of roots.
@@ -39,57 +38,62 @@ class Row:
     """
 
     name: str
-    make: Callable[[object], A.Approximation]
+    make: Callable[[object], approximations.Approximation]
     memory: str
     time: str
 
 
-def _sharing(strategy: A.WeightSharing) -> Callable[[object], A.Approximation]:
-    return lambda matrix: A.KFAC(matrix, weight_sharing=strategy)
+def _sharing(strategy: approximations.WeightSharing) -> Callable[[object], approximations.Approximation]:
+    return lambda matrix: approximations.KFAC(matrix, weight_sharing=strategy)
 
 
 # d_i inputs (with the bias), d_o outputs and P = d_i d_o parameters of a layer, D of all, R = N T rows, V vectors v_k
 ROWS = (
-    Row(name="Exact", make=A.Exact, memory="a graph", time="one pass a product"),
-    Row(name="Dense", make=A.Dense, memory="D^2", time="D products"),
-    Row(name="BlockDiagonal", make=A.BlockDiagonal, memory="sum P^2", time="V N P^2"),
+    Row(name="Exact", make=approximations.Exact, memory="a graph", time="one pass a product"),
+    Row(name="Dense", make=approximations.Dense, memory="D^2", time="D products"),
+    Row(name="BlockDiagonal", make=approximations.BlockDiagonal, memory="sum P^2", time="V N P^2"),
     Row(
         name="BlockDiagonal(partition=ByParameter())",
-        make=lambda matrix: A.BlockDiagonal(matrix, partition=A.ByParameter()),
+        make=lambda matrix: approximations.BlockDiagonal(matrix, partition=approximations.ByParameter()),
         memory="sum over tensors of size^2",
         time="V N P^2",
     ),
     Row(
         name="BlockDiagonal(partition=ByOutputUnit())",
-        make=lambda matrix: A.BlockDiagonal(matrix, partition=A.ByOutputUnit()),
+        make=lambda matrix: approximations.BlockDiagonal(matrix, partition=approximations.ByOutputUnit()),
         memory="sum d_o d_i^2",
         time="V N d_o d_i^2",
     ),
-    Row(name="KFAC", make=A.KFAC, memory="sum d_i^2 + d_o^2", time="R d_i^2 + V R d_o^2"),
-    Row(name="KFAC(weight_sharing=Reduce())", make=_sharing(A.Reduce()), memory="the same", time="N d_i^2 + V N d_o^2"),
+    Row(name="KFAC", make=approximations.KFAC, memory="sum d_i^2 + d_o^2", time="R d_i^2 + V R d_o^2"),
+    Row(
+        name="KFAC(weight_sharing=Reduce())",
+        make=_sharing(approximations.Reduce()),
+        memory="the same",
+        time="N d_i^2 + V N d_o^2",
+    ),
     Row(
         name="KFAC(weight_sharing=LinearGaussian())",
-        make=_sharing(A.LinearGaussian()),
+        make=_sharing(approximations.LinearGaussian()),
         memory="sum 2 d_i^2 + 2 d_o^2",
         time="twice KFAC's",
     ),
     Row(
         name="KFAC(weight_sharing=LinearGaussian(GeneralTransition()))",
-        make=_sharing(A.LinearGaussian(A.GeneralTransition())),
+        make=_sharing(approximations.LinearGaussian(approximations.GeneralTransition())),
         memory="the same",
         time="the same",
     ),
-    Row(name="Diagonal", make=A.Diagonal, memory="D", time="V N P (T = 1), V R P (T > 1)"),
-    Row(name="HutchinsonDiagonal", make=A.HutchinsonDiagonal, memory="D", time="a product for each probe"),
-    Row(name="RootDiagonal", make=A.RootDiagonal, memory="D", time="Diagonal's"),
-    Row(name="LowRank", make=A.LowRank, memory="D N V", time="V N D"),
+    Row(name="Diagonal", make=approximations.Diagonal, memory="D", time="V N P (T = 1), V R P (T > 1)"),
+    Row(name="HutchinsonDiagonal", make=approximations.HutchinsonDiagonal, memory="D", time="a product for each probe"),
+    Row(name="RootDiagonal", make=approximations.RootDiagonal, memory="D", time="Diagonal's"),
+    Row(name="LowRank", make=approximations.LowRank, memory="D N V", time="V N D"),
     Row(
         name="LowRank(method=Nystrom(rank=5))",
-        make=lambda matrix: A.LowRank(matrix, method=A.Nystrom(rank=5)),
+        make=lambda matrix: approximations.LowRank(matrix, method=approximations.Nystrom(rank=5)),
         memory="D r",
         time="r products, D r^2",
     ),
-    Row(name="Identity", make=lambda matrix: A.Identity(), memory="0", time="0"),
+    Row(name="Identity", make=lambda matrix: approximations.Identity(), memory="0", time="0"),
 )
 
 
@@ -150,7 +154,7 @@ def cell(row: Row, matrix: object, layer: str) -> str:
         C = row.make(matrix).estimate(evaluation, draws[0]).to_dense()
     except _REFUSALS:
         return "refused"
-    exact = A.Dense(matrix).estimate(evaluation, draws[1]).to_dense()
+    exact = approximations.Dense(matrix).estimate(evaluation, draws[1]).to_dense()
     if _error(C, exact) < _EXACT:
         return "exact"
     if torch.equal(C, torch.eye(len(C)).double()):
@@ -229,19 +233,21 @@ def _seconds(function: Callable[[], object]) -> float:
 
 TEXT = """# What is exact, what is approximate, what is refused
 
-Made by `python docs/coverage.py`: every cell is tried on three examples in float64, squared error, with the dense matrix from
-exact products beside it. "exact" is the whole matrix; "exact blocks" and "exact diagonal" are exact where the approximation
-keeps entries; a number is the relative error in the Frobenius norm, of the whole matrix; "refused" is an error that says why,
-before any statistics are made. One draw of labels for `Fisher`, the same for both sides. Errors of approximations depend on
-network and data: on these small ones they say that a cell is not exact, not how good it is.
+Made by `python docs/coverage.py`: every cell is tried on three examples in float64, squared error, with the dense
+matrix from exact products beside it. "exact" is the whole matrix; "exact blocks" and "exact diagonal" are exact where
+the approximation keeps entries; a number is the relative error in the Frobenius norm, of the whole matrix; "refused"
+is an error that says why, before any statistics are made. One draw of labels for `Fisher`, the same for both sides.
+Errors of approximations depend on network and data: on these small ones they say that a cell is not exact, not how
+good it is.
 
 {tables}
 
 ## Memory and time
 
-d_i inputs (with the one of the bias), d_o outputs and P = d_i d_o parameters of a layer, D of all layers, N examples, R = N T rows
-of all positions, V output-space vectors (1 for `Fisher(samples=1)`, the outputs of one example for `GGN`), r a rank. Measured with
-`Fisher(samples=1)` on a 64-32-10 network and 500 examples, processor time of one estimate in gradients; `Exact` holds a graph.
+d_i inputs (with the one of the bias), d_o outputs and P = d_i d_o parameters of a layer, D of all layers, N examples,
+R = N T rows of all positions, V output-space vectors (1 for `Fisher(samples=1)`, the outputs of one example for
+`GGN`), r a rank. Measured with `Fisher(samples=1)` on a 64-32-10 network and 500 examples, processor time of one
+estimate in gradients; `Exact` holds a graph.
 
 {measured}
 """

@@ -9,8 +9,17 @@ from torch import nn
 
 from curvlib import GGN, Objective
 from curvlib.approximations import Exact, LayerwiseApproximation, Statistics, layer_key
-from curvlib.experiments import APPROXIMATIONS, PROBLEMS, Comparison, CurvatureChoice, ResultsFolder, Steps
-from curvlib.experiments import compare, configure, prepare_folder
+from curvlib.experiments import (
+    APPROXIMATIONS,
+    PROBLEMS,
+    Comparison,
+    CurvatureChoice,
+    ResultsFolder,
+    Steps,
+    compare,
+    configure,
+    prepare_folder,
+)
 from curvlib.operators import Diagonal, Kronecker
 from curvlib.solvers import CG, MINRES, FactoredTikhonov, damped_inverse, eigendecompose
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from oracles import Network
 from recurrent_models import Labelled
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from curvlib import GGN, Fisher, FusedKernelWarning, Hessian, Objective, UnsupportedLayerError
+from curvlib import GGN, Fisher, FusedKernelWarning, Hessian, Objective, StaleEvaluationError, UnsupportedLayerError
 from curvlib.approximations import KFAC, BlockDiagonal, Diagonal, Exact
 from curvlib.optimizers import hessian_free, kfac
+from curvlib.optimizers.situation import take
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 from recurrent_cases import recurrent_cells, recurrent_layers
@@ -248,3 +250,109 @@ def test_presets_train_recurrent_networks(kind, preset):
     optimizer = preset(Objective(model, nn.CrossEntropyLoss()))
     losses = [optimizer.step((x, y)).loss for _ in range(10)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+class Started(nn.Module):
+    """A layer, or a cell in a loop, whose initial states come from another layer, in a tuple or in a list."""
+
+    def __init__(self, layer, container):
+        super().__init__()
+        self.first, self.layer, self.container = nn.Linear(2, 3), layer, container
+
+    def forward(self, x):
+        h = self.first(x[:, 0])
+        if isinstance(self.layer, nn.LSTM):
+            return self.layer(x, self.container([h.unsqueeze(0), h.sin().unsqueeze(0)]))[0].flatten(1)
+        states = self.container([h, h.sin()])
+        for step in x.unbind(1):
+            states = self.container(self.layer(step, states))
+        return torch.cat(list(states), dim=1)
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+@pytest.mark.parametrize(
+    "kind", [lambda: nn.LSTM(2, 3, batch_first=True), lambda: nn.LSTMCell(2, 3)], ids=["layer", "cell"]
+)
+def test_initial_states_in_tuples_and_lists(kind, container):
+    torch.manual_seed(0)
+    network = Network(Started(kind(), container).double(), nn.MSELoss(), torch.randn(4, 3, 2).double(), None)
+    network.targets = torch.randn_like(network.outputs(network.theta)).detach()
+    evaluation = Objective(network.model, network.loss).at((network.inputs, network.targets))
+    dense, blocks = network.ggn(), BlockDiagonal(GGN()).estimate(evaluation).to_dense()
+    assert not evaluation.plan.unsupported
+    for layer in evaluation.layers:
+        rows = layer.coordinates
+        torch.testing.assert_close(blocks[rows][:, rows], dense[rows][:, rows], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("layer", "first", "second"),
+    [
+        (lambda: nn.LSTM(3, 3, 2, batch_first=True), "weight_hh_l0", "weight_hh_l1"),
+        (lambda: nn.LSTM(3, 3, batch_first=True), "bias_ih_l0", "bias_hh_l0"),
+        (lambda: nn.GRU(3, 3, batch_first=True, bidirectional=True), "weight_hh_l0", "weight_hh_l0_reverse"),
+    ],
+    ids=["layers", "biases", "directions"],
+)
+def test_parameters_shared_inside_a_layer_are_refused_by_name(layer, first, second):
+    torch.manual_seed(0)
+    model = OneSequence(layer()).double()
+    setattr(model.layer, second, getattr(model.layer, first))
+    x = torch.randn(2, 4, 3).double()
+    network = Network(model, nn.MSELoss(), x, torch.zeros_like(model(x)).detach())
+    evaluation = Objective(model, network.loss).at((x, network.targets))
+    for approximation in (KFAC(GGN()), Diagonal(GGN())):
+        with pytest.raises(UnsupportedLayerError, match=f"{first}: shared by .*whose other parameters differ"):
+            approximation.estimate(evaluation)
+    diagonal = Diagonal(GGN(), on_unsupported="diagonal").estimate(evaluation).diagonal()
+    torch.testing.assert_close(diagonal, Exact(GGN()).estimate(evaluation).diagonal(), **CLOSE)
+
+
+def test_a_cells_output_modified_in_place_is_made_again():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(2, 3)
+
+        def forward(self, x):
+            h = self.cell(x[:, 0])
+            h += 1.0
+            return self.cell(x[:, 1], h)
+
+    torch.manual_seed(0)
+    network = Network(Shifted().double(), nn.MSELoss(), torch.randn(4, 2, 2).double(), torch.randn(4, 3).double())
+    evaluation = Objective(network.model, network.loss).at((network.inputs, network.targets))
+    dense, blocks = network.ggn(), BlockDiagonal(GGN()).estimate(evaluation).to_dense()
+    for layer in evaluation.layers:
+        rows = layer.coordinates
+        torch.testing.assert_close(blocks[rows][:, rows], dense[rows][:, rows], **CLOSE)
+
+
+class OfPacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.readout = nn.LSTM(2, 3), nn.Linear(3, 2)
+
+    def forward(self, sequences):
+        return self.readout(self.layer(sequences)[1][0][-1])
+
+
+def test_packed_sequences_are_inputs_and_parts_of_batches():
+    torch.manual_seed(0)
+    lengths = torch.tensor([2, 5, 1, 4])
+    x, y = torch.randn(5, 4, 2).double(), torch.randint(2, (4,))
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    objective = Objective(OfPacked().double(), nn.CrossEntropyLoss())
+    evaluation = objective.at((packed, y))
+    assert evaluation.examples == 4
+    rows = torch.tensor([3, 0])
+    part, labels = take((packed, y), rows, 4)
+    expected = pack_padded_sequence(x[:, rows], lengths[rows], enforce_sorted=False)
+    torch.testing.assert_close(objective.at((part, labels)).outputs, objective.at((expected, y[rows])).outputs)
+    torch.testing.assert_close(objective.at((part, labels)).outputs, evaluation.outputs[rows])
+    loss = kfac(objective).step((packed, y)).loss
+    assert kfac(objective).step((packed, y)).loss < loss
+    evaluation = objective.at((packed, y))
+    packed.data.add_(1.0)
+    with pytest.raises(StaleEvaluationError, match="the batch"):
+        evaluation.gradient()

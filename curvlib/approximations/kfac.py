@@ -34,9 +34,9 @@ class KFAC(LayerwiseApproximation):
     the output layer tied to it, get the sum of two Kronecker products, without the terms between the two uses.
 
     Each weight of a recurrent layer is a layer with its time steps as positions; ``LinearGaussian`` keeps their
-    correlations (Martens, Ba & Johnson 2018). Statistics are those of the examples of which a target counts, and of
-    their positions up to the last one that the outputs depend on: padded sequences give the same block as truncated
-    ones.
+    correlations (Martens, Ba & Johnson 2018). Statistics are those of the examples of which a target counts; in models
+    with recurrent layers, and for losses that ignore targets, of their positions up to the last one that the outputs
+    depend on, so that padded sequences give the same block as truncated ones.
 
     Source: Martens & Grosse 2015, eq. 1 and sec. 3. Departure: G carries the objective's scale (the paper's objective
     is always a mean), so that the block is the curvature of the user's own loss.

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float
@@ -56,9 +57,11 @@ class LinearGaussian(WeightSharing):
     """Time steps are correlated like those of a linear Gaussian chain.
 
     For ordered positions: those of recurrent layers and cells, of ``Linear`` and of attention's projections. Other
-    layers (convolutions, embeddings) get what ``Expand`` gives them. A_1 = (1/M) sum_t a_{t+1} a_t^T is divided by the
-    number M of all steps, not of pairs, which keeps the moments those of some process (the Toeplitz matrix of A_0 and
-    A_1 is positive semi-definite).
+    layers (convolutions, embeddings) get what ``Expand`` gives them. A module called on several sequences has no pairs
+    from one to the next; the calls of a cell in a loop are one sequence.
+
+    A_1 = (1/M) sum_t a_{t+1} a_t^T is divided by the number M of all steps, not of pairs, which keeps the moments those
+    of some process (the Toeplitz matrix of A_0 and A_1 is positive semi-definite).
 
     Departures from the paper: option 1 takes the signed eigenvalues of Psi, where the released code takes their
     absolute values, and the distribution of the lengths as it is; layers used at one step are ``Kronecker``.
@@ -128,13 +131,14 @@ def _is_chain(part: AffineMap) -> bool:
 
 def _moments(factors: DenseFactors) -> tuple[Tensor, Tensor]:
     a = factors.a.squeeze(2)
-    return gram(rows_of(a)), lag_product(a)
+    return gram(rows_of(a)), reduce(add, (lag_product(a[:, part]) for part in factors.sequences))
 
 
 def _lags(factors: DenseFactors) -> Float[Tensor, " T"]:
-    """Return E[(T - d)_+] for d = 0, 1, ... over the examples."""
-    T = sum(use.g.shape[1] for use in factors.uses)
+    """Return E[(T - d)_+] for d = 0, 1, ..., over the examples, summed over the sequences of each."""
+    T = max(part.stop - part.start for part in factors.sequences)
     lags = torch.arange(T, device=factors.g.device, dtype=factors.g.dtype)
-    if factors.lengths is None:
-        return T - lags
-    return (factors.lengths.unsqueeze(1) - lags).clamp(min=0).mean(0)
+    if factors.valid is None:
+        return reduce(add, ((part.stop - part.start - lags).clamp(min=0) for part in factors.sequences))
+    lengths = (factors.valid[:, part].sum(1, keepdim=True) for part in factors.sequences)
+    return reduce(add, ((length - lags).clamp(min=0).mean(0) for length in lengths))

@@ -136,7 +136,9 @@ class Reduce(OneProduct):
 
     @override
     def inputs(self, factors: MapFactors) -> tuple[Tensor, Tensor]:
-        return _reduced_inputs(factors), factors.mean_positions.new_ones(())
+        one = factors.g.new_ones(())
+        # an example without positions is no example
+        return _reduced_inputs(factors), one if factors.lengths is None else (factors.lengths > 0).to(one).mean()
 
     @override
     def output_moment(self, factors: MapFactors) -> Float[Tensor, "groups d_out d_out"]:

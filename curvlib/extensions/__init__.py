@@ -4,9 +4,10 @@ from curvlib.extensions.attention import MultiheadAttentionRule
 from curvlib.extensions.capture import Tape
 from curvlib.extensions.convolution import ConvolutionRule, TransposedConvolutionRule
 from curvlib.extensions.embedding import EmbeddingBagRule, EmbeddingRule
-from curvlib.extensions.factors import DenseFactors, LayerFactors, LookupFactors, MapFactors
+from curvlib.extensions.factors import DenseFactors, LayerFactors, MapFactors
 from curvlib.extensions.layers import AffineMap, Layer, LayerPlan, UnsupportedLayerError, plan_layers
 from curvlib.extensions.linear import LinearRule
+from curvlib.extensions.lookups import LookupFactors
 from curvlib.extensions.normalization import (
     BatchNormRule,
     GroupNormRule,

@@ -134,6 +134,11 @@ class Tape:
             for call in self._calls
         )
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer that is made for sequences was used."""
+        return any(call.planned.rule.recurrent for call in self._calls)
+
     def _targets(self, call: Call) -> list[tuple[Layer, int]]:
         return [target for target in call.planned.targets if target is not None and target[0].name in self.plan.calls]
 

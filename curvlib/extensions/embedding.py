@@ -20,6 +20,7 @@ class EmbeddingRule(LayerRule):
     """``nn.Embedding``, with or without ``padding_idx``; the rows that are looked up are positions."""
 
     sparse: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__(("weight",))

@@ -23,7 +23,6 @@ from curvlib.extensions.uses import (
     DenseUse,
     Examples,
     InputMoments,
-    LookupUse,
     Use,
     chunks_of,
     lag_product,
@@ -35,13 +34,20 @@ from curvlib.extensions.uses import (
 class MapFactors(ABC):
     """All uses of one affine map in one forward pass.
 
+    A use at several positions is a sequence of its own; uses at one position each, such as the calls of a cell in a
+    loop, follow one another and are one sequence.
+
     Attributes:
         map: the affine map.
         uses: its calls; their positions follow one another.
+        padded: whether ordered positions behind the last one that the outputs depend on are left out.
+        reached: (N, T) those up to the last one that any vector reaches; None takes those that this vector reaches.
     """
 
     map: AffineMap
     uses: tuple[Use, ...]
+    padded: bool
+    reached: Bool[Tensor, "N T"] | None
 
     @property
     def examples(self) -> int:
@@ -60,23 +66,83 @@ class MapFactors(ABC):
         joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=1)
         return joined.unflatten(-1, (self.map.groups, self.map.d_out))
 
+    @cached_property
+    def sequences(self) -> tuple[slice, ...]:
+        """The positions of each sequence."""
+        bounds: list[list[int]] = []
+        end, joins = 0, False
+        for use in self.uses:
+            length = use.g.shape[1]
+            if joins and length == 1:
+                bounds[-1][1] += 1
+            else:
+                bounds.append([end, end + length])
+            end, joins = end + length, length == 1
+        return tuple(slice(*ends) for ends in bounds)
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "N T"] | None:
+        """Which positions are part of their sequence; None where all are. Waits for the device, for padded maps.
+
+        Left out are those that a sequence does not have, and those behind the last one that the outputs depend on:
+        padding, whose inputs the curvature matrix does not see.
+        """
+        given = self._given()
+        reached = self.reached if self.reached is not None else self._reached_by_this_vector()
+        if reached is None or bool(reached.all()):
+            return given
+        return reached if given is None else reached & given
+
+    def _given(self) -> Bool[Tensor, "N T"] | None:
+        """Return the positions that the calls say there are."""
+        if all(use.valid is None for use in self.uses):
+            return None
+        everywhere = (torch.ones_like(use.g[:, :, 0], dtype=torch.bool) for use in self.uses)
+        given = (use.valid for use in self.uses)
+        return torch.cat([all_ if own is None else own for own, all_ in zip(given, everywhere, strict=True)], dim=1)
+
+    def _reached_by_this_vector(self) -> Bool[Tensor, "N T"] | None:
+        if not self.padded:
+            return None
+        # mostly the last position of every example is: the others need not be looked at then
+        g = self.g
+        ends = (g[:, part.stop - 1].flatten(1) for part in self.sequences)
+        return None if all(bool((end != 0).any(1).all()) for end in ends) else self.reach()
+
+    def reach(self) -> Bool[Tensor, "N T"] | None:
+        """Return the positions up to the last one of their sequence with a gradient that is not zero.
+
+        None where positions are not looked at.
+        """
+        if not self.padded or not self.map.ordered or sum(use.g.shape[1] for use in self.uses) == 1:
+            return None
+        there = (self.g.flatten(2) != 0).any(2)
+        ends = [there[:, part].int().flip(1).cummax(1).values.flip(1) for part in self.sequences]
+        return torch.cat(ends, dim=1).bool()
+
+    def limited(self, padded: bool, reached: Bool[Tensor, "N T"] | None) -> Self:
+        """Return the factors with the positions that any output depends on."""
+        ordered = self.map.ordered and padded
+        return replace(self, padded=ordered, reached=reached if ordered else None)  # type: ignore[type-var]
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"] | None:
+        """How many positions each example has; None where all have T."""
+        return None if self.valid is None else self.valid.sum(1)
+
     @property
     def mean_positions(self) -> Float[Tensor, ""]:
         """How many positions an example has, on average."""
-        first = self.uses[0].g
-        return first.new_full((), float(sum(use.g.shape[1] for use in self.uses)))
+        g = self.uses[0].g
+        if self.lengths is not None:
+            return self.lengths.to(g.dtype).mean()
+        return g.new_full((), float(sum(use.g.shape[1] for use in self.uses)))
 
-    @abstractmethod
     def take(self, examples: Examples) -> Self:
         """Return the factors of some examples alone; inputs are made for these."""
-
-    def limited(self, reached: Bool[Tensor, "N T"] | None) -> Self:
-        """Return the factors with the positions that any output depends on; for ordered maps alone."""
-        return self
-
-    def reach(self) -> Bool[Tensor, "N T"] | None:
-        """Return the positions that this vector reaches; None for maps whose positions are not ordered."""
-        return None
+        reached = None if self.reached is None else self.reached[examples]
+        uses = tuple(use.take(examples) for use in self.uses)
+        return replace(self, uses=uses, reached=reached)  # type: ignore[type-var]
 
     def output_moment(self) -> Float[Tensor, "groups d_out d_out"]:
         """Return sum_{n,t} g_t g_t^T."""
@@ -102,69 +168,12 @@ class MapFactors(ABC):
 
 @dataclass(frozen=True, eq=False)
 class DenseFactors(MapFactors):
-    """Factors whose inputs are vectors.
-
-    Attributes:
-        reached: (N, T) the positions of an ordered map that the outputs depend on, all those before the last one
-            included; None takes those that this vector reaches.
-    """
+    """Factors whose inputs are vectors."""
 
     map: AffineMap
     uses: tuple[DenseUse, ...]
+    padded: bool = False
     reached: Bool[Tensor, "N T"] | None = None
-
-    @cached_property
-    def valid(self) -> Bool[Tensor, "N T"] | None:
-        """Which positions are part of their sequence; None where all are. Waits for the device, for ordered maps.
-
-        Left out are those that a sequence does not have, and those behind the last one that the outputs depend on:
-        padding, whose inputs the curvature matrix does not see.
-        """
-        given = self._given()
-        reached = self.reached if self.reached is not None else self._reached_by_this_vector()
-        if reached is None or bool(reached.all()):
-            return given
-        return reached if given is None else reached & given
-
-    def _reached_by_this_vector(self) -> Bool[Tensor, "N T"] | None:
-        # mostly the last position of every example is: the others need not be looked at then
-        return None if bool((self.g[:, -1].flatten(1) != 0).any(1).all()) else self.reach()
-
-    def _given(self) -> Bool[Tensor, "N T"] | None:
-        """Return the positions that the calls say there are."""
-        if all(use.valid is None for use in self.uses):
-            return None
-        parts = [
-            use.valid if use.valid is not None else use.g.new_ones(use.g.shape[:2], dtype=torch.bool)
-            for use in self.uses
-        ]
-        return torch.cat(parts, dim=1)
-
-    def limited(self, reached: Bool[Tensor, "N T"] | None) -> Self:
-        """Return the factors with the positions that any output depends on."""
-        return replace(self, reached=reached)
-
-    def reach(self) -> Bool[Tensor, "N T"] | None:
-        """Return the positions up to the last one with a gradient that is not zero.
-
-        An example without any, behind a head that starts at zero, keeps all of its positions.
-        """
-        if not self.map.ordered or sum(use.g.shape[1] for use in self.uses) == 1:
-            return None
-        there = (self.g.flatten(2) != 0).any(2)
-        later = there.int().flip(1).cummax(1).values.flip(1).bool()
-        return later | ~later[:, :1]
-
-    @property
-    def lengths(self) -> Int[Tensor, " N"] | None:
-        """How many positions each example has; None where all have T."""
-        return None if self.valid is None else self.valid.sum(1)
-
-    @property
-    def mean_positions(self) -> Float[Tensor, ""]:
-        """How many positions an example has, on average."""
-        mean = super().mean_positions
-        return mean if self.lengths is None else self.lengths.to(mean.dtype).mean()
 
     @property
     def inputs(self) -> Float[Tensor, "N T groups d_in"]:
@@ -188,11 +197,6 @@ class DenseFactors(MapFactors):
             return ones
         return torch.cat([self.inputs, ones], dim=3) if self.map.bias else self.inputs
 
-    def take(self, examples: Examples) -> Self:
-        """Return the factors of some examples."""
-        reached = None if self.reached is None else self.reached[examples]
-        return replace(self, uses=tuple(use.take(examples) for use in self.uses), reached=reached)
-
     def moments(self) -> InputMoments:
         """Return the sums of a a^T and of a over examples and positions, without the homogeneous coordinate."""
         if self.valid is None:
@@ -201,10 +205,11 @@ class DenseFactors(MapFactors):
         return replace(reduce(add, parts), count=self.valid.sum())
 
     def output_lag(self) -> Float[Tensor, "d_out d_out"]:
-        """Return sum_{n,t} g_{t+1} g_t^T of an ordered map of one group."""
-        if len(self.uses) == 1:
-            return self.uses[0].output_lag()
-        return lag_product(self.g.squeeze(2))
+        """Return sum_{n,t} g_{t+1} g_t^T over the steps of each sequence, of an ordered map of one group."""
+        if len(self.sequences) == len(self.uses):
+            return reduce(add, (use.output_lag() for use in self.uses))
+        g = self.g.squeeze(2)
+        return reduce(add, (lag_product(g[:, part]) for part in self.sequences))
 
     def per_example_gradients(self) -> Float[Tensor, "N size"]:
         """Return sum_t g_t a_t^T of every example."""
@@ -239,69 +244,6 @@ class DenseFactors(MapFactors):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-@dataclass(frozen=True, eq=False)
-class LookupFactors(MapFactors):
-    """Factors whose inputs are sparse: one group, no bias."""
-
-    map: AffineMap
-    uses: tuple[LookupUse, ...]
-
-    def take(self, examples: Examples) -> Self:
-        """Return the factors of some examples."""
-        return replace(self, uses=tuple(use.take(examples) for use in self.uses))
-
-    def per_example_gradients(self) -> Float[Tensor, "N size"]:
-        """Return the gradients, dense: W is (d_out, d_in), a column for each index."""
-        rows, columns, values = self._entries()
-        result = values.new_zeros(self.examples * self.map.columns, self.map.d_out)
-        result.index_add_(0, rows * self.map.columns + columns, values)
-        return result.view(self.examples, self.map.columns, self.map.d_out).transpose(1, 2).flatten(1)
-
-    def squared_gradients(self) -> Float[Tensor, " size"]:
-        """Return the sum of squares: entries of one example and index are added up before they are squared."""
-        rows, columns, values = self._entries()
-        keys, places = torch.unique(rows * self.map.columns + columns, return_inverse=True)
-        sums = values.new_zeros(len(keys), self.map.d_out).index_add_(0, places, values)
-        result = values.new_zeros(self.map.columns, self.map.d_out)
-        return result.index_add_(0, keys % self.map.columns, sums.square()).T.flatten()
-
-    def squared_inputs(self) -> Float[Tensor, " d_in"]:
-        """Return the diagonal of sum_{n,t} a a^T, by the sparse inputs alone."""
-        total = torch.zeros(self.map.columns, dtype=self.uses[0].g.dtype, device=self.uses[0].g.device)
-        for use in self.uses:
-            c, i = use.coefficients.to(total.dtype), use.indices
-            position = torch.arange(i.shape[0] * i.shape[1], device=i.device).view(*i.shape[:2], 1).expand_as(i)
-            keys, places = torch.unique(position * self.map.columns + i, return_inverse=True)
-            sums = total.new_zeros(len(keys)).index_add_(0, places.flatten(), c.flatten())
-            total.index_add_(0, keys % self.map.columns, sums.square())
-        return total
-
-    def averaged(self) -> LookupFactors:
-        """Return one position an example: the mean of its inputs and the sum of its output gradients."""
-        positions = sum(use.indices.shape[1] for use in self.uses)
-        indices = torch.cat([use.indices.flatten(1) for use in self.uses], dim=1).unsqueeze(1)
-        coefficients = torch.cat([use.coefficients.flatten(1) for use in self.uses], dim=1).unsqueeze(1) / positions
-        g = self.g.squeeze(2).sum(1, keepdim=True)
-        return LookupFactors(self.map, (LookupUse(indices, coefficients, g),))
-
-    @property
-    def positions(self) -> int:
-        """T of all calls together."""
-        return sum(use.indices.shape[1] for use in self.uses)
-
-    def _entries(self) -> tuple[Tensor, Tensor, Float[Tensor, "E d_out"]]:
-        """Return example, index and gradient of every entry of the sparse inputs."""
-        rows, columns, values = [], [], []
-        for use in self.uses:
-            n = torch.arange(use.examples, device=use.indices.device).view(-1, 1, 1).expand_as(use.indices)
-            g = use.g
-            value = use.coefficients.to(g.dtype).unsqueeze(3) * g.unsqueeze(2)  # (N, T, S, d_out)
-            rows.append(n.flatten())
-            columns.append(use.indices.flatten())
-            values.append(value.flatten(0, 2))
-        return torch.cat(rows), torch.cat(columns), torch.cat(values)
-
-
 @singledispatch
 def map_factors(first: Use, affine_map: AffineMap, uses: tuple[Use, ...]) -> MapFactors:
     """Return the factors that uses of the first one's kind make."""
@@ -311,11 +253,6 @@ def map_factors(first: Use, affine_map: AffineMap, uses: tuple[Use, ...]) -> Map
 @map_factors.register
 def _(first: DenseUse, affine_map: AffineMap, uses: tuple[DenseUse, ...]) -> MapFactors:
     return DenseFactors(affine_map, uses)
-
-
-@map_factors.register
-def _(first: LookupUse, affine_map: AffineMap, uses: tuple[LookupUse, ...]) -> MapFactors:
-    return LookupFactors(affine_map, uses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,9 +270,9 @@ class LayerFactors:
     maps: tuple[MapFactors, ...]
     counted: Int[Tensor, " n"] | None = None
 
-    def limited(self, counted: Int[Tensor, " n"] | None, reached: Mapping[str, Tensor]) -> LayerFactors:
+    def limited(self, counted: Int[Tensor, " n"] | None, padded: bool, reached: Mapping[str, Tensor]) -> LayerFactors:
         """Return the factors with the examples that count and, by map, the positions that any output depends on."""
-        maps = tuple(factors.limited(reached.get(factors.map.name)) for factors in self.maps)
+        maps = tuple(factors.limited(padded, reached.get(factors.map.name)) for factors in self.maps)
         return replace(self, counted=counted, maps=maps)
 
     def reached(self) -> dict[str, Bool[Tensor, "N T"]]:

@@ -220,15 +220,18 @@ def _is_parameter(module: nn.Module, path: str) -> bool:
 
 
 def _refuse_overlaps(groups: dict[tuple, list[_Member]], reasons: dict[str, str]) -> None:
-    """Note every parameter that belongs to two groups: a weight shared by modules with different biases."""
+    """Note every parameter that belongs to two groups: a weight shared by maps with different biases."""
     users: dict[str, list[_Member]] = defaultdict(list)
     for together in groups.values():
         for name in together[0].parameters:
             users[name].append(together[0])
     for name, first in users.items():
         modules = {member.module_name: None for member in first}
-        if len(modules) > 1:  # parts of one module have rows of their own
-            reasons[name] = f"shared by {' and '.join(map(repr, modules))}, whose other parameters differ"
+        # parts of one module may have rows of their own
+        rows = [member.part.weight_rows if name == member.weight else member.part.bias_rows for member in first]
+        if len(modules) > 1 or (len(first) > 1 and (None in rows or len(set(rows)) < len(rows))):
+            owners = {member.name: None for member in first}
+            reasons[name] = f"shared by {' and '.join(map(repr, owners))}, whose other parameters differ"
 
 
 def _layer(together: list[_Member], layout: ParameterLayout) -> tuple[Layer, list[int]]:

@@ -29,6 +29,7 @@ class RecurrentRule(LayerRule):
     """
 
     ordered: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__(("weight_ih_l0",))
@@ -93,6 +94,7 @@ class RecurrentCellRule(LayerRule):
     """``nn.RNNCell``, ``nn.LSTMCell`` and ``nn.GRUCell``: the calls in a loop over time are one position each."""
 
     ordered: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__(("weight_ih",))
@@ -171,9 +173,9 @@ def _pairs(found: PreActivationGradients, run: Run) -> list[tuple[Tensor, Tensor
 
 
 def _cell_of(module: Any) -> Cell:
-    mode = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
-    found = [name for kind, name in mode.items() if isinstance(module, kind)]
-    return CELLS[found[0] if found else f"RNN_{module.nonlinearity.upper()}"]
+    if isinstance(module, nn.RNNCell):
+        return CELLS[f"RNN_{module.nonlinearity.upper()}"]
+    return CELLS["LSTM" if isinstance(module, nn.LSTMCell) else "GRU"]
 
 
 def _data(sequences: Any) -> Tensor:

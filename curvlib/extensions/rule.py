@@ -52,14 +52,17 @@ class LayerRule(FirstOrderModuleExtension):
 
     Attributes:
         elementwise: whether W is a scale of each feature, so that a diagonal is K-FAC's block.
-        ordered: whether the T positions of an example follow one another, as steps of time do; those behind the last
-            one that the outputs depend on are padding then.
+        ordered: whether the T positions of an example follow one another, as steps of time do. Where a model has a
+            recurrent layer or its loss ignores targets, those behind the last one that the outputs depend on are
+            padding.
+        recurrent: whether the module is made for sequences.
         sparse: whether the uses are lookups, so that K-FAC's A is diagonal.
         computed_by: methods of the module that compute its output; the rule is not that of a subclass with others.
     """
 
     elementwise: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
     computed_by: ClassVar[tuple[str, ...]] = ("forward",)
 

@@ -22,14 +22,12 @@ class Layout:
 
     Attributes:
         steps: T.
-        count: N.
         batch_first: whether N comes before T.
         packed: the sequences, where they came as a ``PackedSequence``; None where all have T steps.
         lengths: of the packed ones, (N,) on their device.
     """
 
     steps: int
-    count: int
     batch_first: bool
     packed: PackedSequence | None = None
     lengths: Int[Tensor, " N"] | None = None
@@ -40,11 +38,9 @@ class Layout:
         if isinstance(sequences, PackedSequence):
             _, lengths = pad_packed_sequence(sequences)
             device = sequences.data.device
-            steps, count = len(sequences.batch_sizes), len(lengths)
-            return cls(steps=steps, count=count, batch_first=batch_first, packed=sequences, lengths=lengths.to(device))
-        first, second = sequences.shape[:2]
-        steps, count = (second, first) if batch_first else (first, second)
-        return cls(steps=steps, count=count, batch_first=batch_first)
+            steps = len(sequences.batch_sizes)
+            return cls(steps=steps, batch_first=batch_first, packed=sequences, lengths=lengths.to(device))
+        return cls(steps=sequences.shape[1 if batch_first else 0], batch_first=batch_first)
 
     def time_first(self, tensor: Tensor) -> Float[Tensor, "T N F"]:
         """Return the steps that the tensor (for packed sequences their data) holds, in float32 at least.

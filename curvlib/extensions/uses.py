@@ -304,21 +304,21 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of a tensor, or of a tuple of tensors, tuples and other things."""
+    """Return the tensors of a tensor, or of a tuple or list of tensors, of such again and of other things."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, tuple) else []
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
 def detached(value: Any) -> Any:
     """Return what a rule has kept of a call, without graphs."""
     if isinstance(value, Tensor):
         return value.detach()
-    return tuple(map(detached, value)) if isinstance(value, tuple) else value
+    return tuple(map(detached, value)) if isinstance(value, (tuple, list)) else value
 
 
 def taken(value: Any, examples: Examples) -> Any:
     """Return what a rule has kept of a call for some examples: parts of its tensors, all else as it is."""
     if isinstance(value, Tensor):
         return value[examples]
-    return tuple(taken(item, examples) for item in value) if isinstance(value, tuple) else value
+    return tuple(taken(item, examples) for item in value) if isinstance(value, (tuple, list)) else value

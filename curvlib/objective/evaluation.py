@@ -212,15 +212,22 @@ class Evaluation:
         self.work += _TO_OUTPUTS
         with full_precision(self.layout.device):
             for factors in self._tape.factors(self._recorded, vector):
-                yield factors.limited(self._counted, reached if reached is not None else {})
+                yield factors.limited(self._counted, self._padded, reached if reached is not None else {})
+
+    @cached_property
+    def _padded(self) -> bool:
+        """Whether positions may be padding. Elsewhere, as in networks of sets, a zero gradient says nothing of them."""
+        if not self._tape.has_steps:
+            return False
+        return self._tape.is_recurrent or self.objective.loss.ignores(self._outputs, self.targets)
 
     def reached_positions(self) -> dict[str, Bool[Tensor, "N T"]]:
         """Return, by affine map with ordered positions, those that the outputs depend on whose targets count.
 
-        One backward pass down to the layers' outputs, from a vector that is zero where a target is ignored alone. None
-        where no layer is used at several positions.
+        One backward pass down to the layers' outputs, from a vector that is zero where a target is ignored alone. Empty
+        where no position may be padding.
         """
-        if not self._tape.has_steps:
+        if not self._padded:
             return {}
         flat = _fixed_vector(self._outputs.numel(), self._outputs)
         with full_precision(self.layout.device):
@@ -336,7 +343,7 @@ class Evaluation:
             return self._differentiate(transposed, [u, *parameters], vector)
 
     def _replace_fused_kernels(self) -> None:
-        """Make the forward pass again with the attention kernel that can be differentiated twice, and say so once."""
+        """Make the forward pass again with kernels that can be differentiated twice, and say so once."""
         if not self.objective.differentiable_kernels:
             self.objective.differentiable_kernels = True
             warnings.warn(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 
 Batch = tuple[Any, Any]
 
@@ -118,12 +119,17 @@ def _one_function() -> Iterator[None]:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Return the tensors of inputs or targets: of a tensor, a tuple or a mapping."""
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else (value,)
-    return [item for item in values if isinstance(item, Tensor)]
+    """Return the tensors of inputs or targets: of a tensor, a tuple or a mapping, also within one another."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, PackedSequence):
+        return [value.data]  # its lengths are always on the CPU
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
 
 
 def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+    # a named tuple, such as a packed sequence, is one argument
+    return (inputs if isinstance(inputs, tuple) and not hasattr(inputs, "_fields") else (inputs,)), {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from curvlib.objective import Batch, Evaluation, Objective
 from curvlib.output_losses import NoTargetsError
@@ -83,6 +84,10 @@ def take(batch: Batch, examples: Tensor, N: int) -> Batch:
 def _take(value: Any, examples: Tensor, N: int) -> Any:
     if isinstance(value, Tensor):
         return value[examples.to(value.device)] if value.ndim and value.shape[0] == N else value
+    if isinstance(value, PackedSequence):
+        padded, lengths = pad_packed_sequence(value, batch_first=True)
+        chosen = examples.to(padded.device), examples.to(lengths.device)
+        return pack_padded_sequence(padded[chosen[0]], lengths[chosen[1]], batch_first=True, enforce_sorted=False)
     if isinstance(value, Mapping):
         return {key: _take(item, examples, N) for key, item in value.items()}
     if isinstance(value, (tuple, list)):

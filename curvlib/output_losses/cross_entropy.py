@@ -107,6 +107,10 @@ class CrossEntropy(OutputLoss):
             return None
         return (targets != self.ignore_index).reshape(targets.shape[0], -1).any(1)
 
+    def ignores(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> bool:
+        """Return whether any target is the ignored index."""
+        return not targets.is_floating_point() and bool((targets == self.ignore_index).any())
+
     def linearize(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> Product:
         """Return V -> c kappa (p * V - p <p, V>)."""
         p = working_precision(outputs.detach()).softmax(1)
