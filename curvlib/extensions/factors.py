@@ -40,13 +40,14 @@ class MapFactors(ABC):
     Attributes:
         map: the affine map.
         uses: its calls; their positions follow one another.
-        padded: whether ordered positions behind the last one that the outputs depend on are left out.
+        padded: (N,) whether ordered positions of an example behind its last one that the outputs depend on are left
+            out; None for no example.
         reached: (N, T) those up to the last one that any vector reaches; None takes those that this vector reaches.
     """
 
     map: AffineMap
     uses: tuple[Use, ...]
-    padded: bool
+    padded: Bool[Tensor, " N"] | None
     reached: Bool[Tensor, "N T"] | None
 
     @property
@@ -102,7 +103,7 @@ class MapFactors(ABC):
         return torch.cat([all_ if own is None else own for own, all_ in zip(given, everywhere, strict=True)], dim=1)
 
     def _reached_by_this_vector(self) -> Bool[Tensor, "N T"] | None:
-        if not self.padded:
+        if self.padded is None:
             return None
         # mostly the last position of every example is: the others need not be looked at then
         g = self.g
@@ -114,16 +115,17 @@ class MapFactors(ABC):
 
         None where positions are not looked at.
         """
-        if not self.padded or not self.map.ordered or sum(use.g.shape[1] for use in self.uses) == 1:
+        if self.padded is None or not self.map.ordered or sum(use.g.shape[1] for use in self.uses) == 1:
             return None
         there = (self.g.flatten(2) != 0).any(2)
         ends = [there[:, part].int().flip(1).cummax(1).values.flip(1) for part in self.sequences]
-        return torch.cat(ends, dim=1).bool()
+        return torch.cat(ends, dim=1).bool() | ~self.padded.unsqueeze(1)
 
-    def limited(self, padded: bool, reached: Bool[Tensor, "N T"] | None) -> Self:
+    def limited(self, padded: Bool[Tensor, " N"] | None, reached: Bool[Tensor, "N T"] | None) -> Self:
         """Return the factors with the positions that any output depends on."""
-        ordered = self.map.ordered and padded
-        return replace(self, padded=ordered, reached=reached if ordered else None)  # type: ignore[type-var]
+        if not self.map.ordered:
+            return self
+        return replace(self, padded=padded, reached=reached)  # type: ignore[type-var]
 
     @property
     def lengths(self) -> Int[Tensor, " N"] | None:
@@ -140,9 +142,9 @@ class MapFactors(ABC):
 
     def take(self, examples: Examples) -> Self:
         """Return the factors of some examples alone; inputs are made for these."""
-        reached = None if self.reached is None else self.reached[examples]
+        padded, reached = (None if mask is None else mask[examples] for mask in (self.padded, self.reached))
         uses = tuple(use.take(examples) for use in self.uses)
-        return replace(self, uses=uses, reached=reached)  # type: ignore[type-var]
+        return replace(self, uses=uses, padded=padded, reached=reached)  # type: ignore[type-var]
 
     def output_moment(self) -> Float[Tensor, "groups d_out d_out"]:
         """Return sum_{n,t} g_t g_t^T."""
@@ -172,7 +174,7 @@ class DenseFactors(MapFactors):
 
     map: AffineMap
     uses: tuple[DenseUse, ...]
-    padded: bool = False
+    padded: Bool[Tensor, " N"] | None = None
     reached: Bool[Tensor, "N T"] | None = None
 
     @property
@@ -270,7 +272,9 @@ class LayerFactors:
     maps: tuple[MapFactors, ...]
     counted: Int[Tensor, " n"] | None = None
 
-    def limited(self, counted: Int[Tensor, " n"] | None, padded: bool, reached: Mapping[str, Tensor]) -> LayerFactors:
+    def limited(
+        self, counted: Int[Tensor, " n"] | None, padded: Bool[Tensor, " N"] | None, reached: Mapping[str, Tensor]
+    ) -> LayerFactors:
         """Return the factors with the examples that count and, by map, the positions that any output depends on."""
         maps = tuple(factors.limited(padded, reached.get(factors.map.name)) for factors in self.maps)
         return replace(self, counted=counted, maps=maps)

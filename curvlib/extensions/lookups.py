@@ -23,7 +23,7 @@ class LookupFactors(MapFactors):
 
     map: AffineMap
     uses: tuple[LookupUse, ...]
-    padded: bool = False
+    padded: Bool[Tensor, " N"] | None = None
     reached: Bool[Tensor, "N T"] | None = None
 
     def per_example_gradients(self) -> Float[Tensor, "N size"]:

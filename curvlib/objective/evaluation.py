@@ -215,11 +215,16 @@ class Evaluation:
                 yield factors.limited(self._counted, self._padded, reached if reached is not None else {})
 
     @cached_property
-    def _padded(self) -> bool:
-        """Whether positions may be padding. Elsewhere, as in networks of sets, a zero gradient says nothing of them."""
+    def _padded(self) -> Bool[Tensor, " N"] | None:
+        """Which examples may have padding: all with recurrent layers, else those with ignored targets; None for none.
+
+        Elsewhere, as in networks of sets, a gradient of zero says nothing of a position.
+        """
         if not self._tape.has_steps:
-            return False
-        return self._tape.is_recurrent or self.objective.loss.ignores(self._outputs, self.targets)
+            return None
+        if self._tape.is_recurrent:
+            return torch.ones(self.examples, dtype=torch.bool, device=self.layout.device)
+        return self.objective.loss.ignores(self._outputs, self.targets)
 
     def reached_positions(self) -> dict[str, Bool[Tensor, "N T"]]:
         """Return, by affine map with ordered positions, those that the outputs depend on whose targets count.
@@ -227,7 +232,7 @@ class Evaluation:
         One backward pass down to the layers' outputs, from a vector that is zero where a target is ignored alone. Empty
         where no position may be padding.
         """
-        if not self._padded:
+        if self._padded is None:
             return {}
         flat = _fixed_vector(self._outputs.numel(), self._outputs)
         with full_precision(self.layout.device):

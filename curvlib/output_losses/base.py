@@ -99,9 +99,9 @@ class OutputLoss(ABC):
         """Return which examples have a target that counts; None where all do, whatever the targets are."""
         return None
 
-    def ignores(self, outputs: Float[Tensor, "N *O"], targets: Any) -> bool:
-        """Return whether any target is ignored. Waits for the device, for losses that may ignore some."""
-        return False
+    def ignores(self, outputs: Float[Tensor, "N *O"], targets: Any) -> Bool[Tensor, " N"] | None:
+        """Return which examples have a target that is ignored; None where none has, whatever the targets are."""
+        return None
 
     def batch_weight(self, outputs: Float[Tensor, "N *O"], targets: Any) -> Float[Tensor, ""]:
         r"""Return 1/c, how much the batch counts when several make one objective.

@@ -107,9 +107,11 @@ class CrossEntropy(OutputLoss):
             return None
         return (targets != self.ignore_index).reshape(targets.shape[0], -1).any(1)
 
-    def ignores(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> bool:
-        """Return whether any target is the ignored index."""
-        return not targets.is_floating_point() and bool((targets == self.ignore_index).any())
+    def ignores(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> Bool[Tensor, " N"] | None:
+        """Return which examples have a target with the ignored index."""
+        if targets.is_floating_point():
+            return None
+        return (targets == self.ignore_index).reshape(targets.shape[0], -1).any(1)
 
     def linearize(self, outputs: Float[Tensor, "N C *T"], targets: Shaped[Tensor, "..."]) -> Product:
         """Return V -> c kappa (p * V - p <p, V>)."""

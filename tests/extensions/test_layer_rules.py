@@ -83,7 +83,8 @@ def test_input_moments_are_those_of_the_inputs(cases, data):
     for factors in evaluation.layer_factors(torch.randn_like(evaluation.outputs)):
         for part in factors.maps:
             if isinstance(part, LookupFactors):
-                one_hot = torch.zeros(part.examples, part.positions, part.map.columns, dtype=torch.float64)
+                positions = sum(use.indices.shape[1] for use in part.uses)
+                one_hot = torch.zeros(part.examples, positions, part.map.columns, dtype=torch.float64)
                 start = 0
                 for use in part.uses:
                     one_hot[:, start : start + use.indices.shape[1]].scatter_add_(2, use.indices, use.coefficients)
