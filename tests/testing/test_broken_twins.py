@@ -231,8 +231,9 @@ class Cached(Dense):
         evaluation.check_fresh()
         key = (id(evaluation.objective.model), evaluation.examples, float(evaluation.outputs.numel()))
         if key not in self.kept:
-            self.kept[key] = super().statistics(evaluation, generator)
-        return self.kept[key]
+            # the model is kept as well, so that no other one gets its id
+            self.kept[key] = super().statistics(evaluation, generator), evaluation.objective.model
+        return self.kept[key][0]
 
 
 @dataclass(frozen=True)
