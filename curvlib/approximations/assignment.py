@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from curvlib.approximations.base import StatisticalApproximation, with_l2
+from curvlib.approximations.base import Approximation, StatisticalApproximation, with_l2
 from curvlib.approximations.description import BlockRow, Description
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer, LayerPlan, UnsupportedLayerError
@@ -65,8 +65,8 @@ class Assignment:
         return tuple(name for name, chosen in self.others.items() if chosen == (fallback, matrix))
 
 
-class AssignedApproximation(StatisticalApproximation):
-    """An approximation that is block diagonal over layers."""
+class LayerAssignment(Approximation):
+    """What says for each layer and each other parameter who treats it, whatever the statistics are."""
 
     @abstractmethod
     def assign(self, objective: Objective, plan: LayerPlan) -> Assignment:
@@ -75,6 +75,35 @@ class AssignedApproximation(StatisticalApproximation):
     def check(self, objective: Objective) -> None:
         """Refuse parameters outside every layer, by name, unless a fallback was chosen."""
         self._checked(objective, objective.plan)
+
+    def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
+        """Return each parameter's block; unsupported ones with their reason and what they get instead."""
+        layout, plan = objective.layout, plan if plan is not None else objective.plan
+        assignment = self.assign(objective, plan)
+        rows = []
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            if name in plan.unsupported:
+                block = _FALLBACK_BLOCKS[assignment.others[name][0]]
+                rows.append(BlockRow(name, tuple(shape), "-", "-", block, plan.unsupported[name]))
+            else:
+                rows.append(_row(name, tuple(shape), plan, assignment))
+        return Description(repr(self), tuple(rows))
+
+    def _checked(self, objective: Objective, plan: LayerPlan) -> Assignment:
+        assignment = self.assign(objective, plan)
+        refused = [name for name, (fallback, _) in assignment.others.items() if fallback == "raise"]
+        if refused:
+            listed = "; ".join(f"{name}: {plan.unsupported[name]}" for name in refused)
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} has no layer rule for {len(refused)} parameter(s): {listed}. Choose "
+                'on_unsupported="diagonal", "dense" or "exclude" for them, freeze them, register a rule with '
+                "curvlib.extensions.register, or use Exact, which needs no rules."
+            )
+        return assignment
+
+
+class AssignedApproximation(LayerAssignment, StatisticalApproximation):
+    """An approximation that is block diagonal over layers."""
 
     def statistics(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Statistics:
         """Return the statistics of all layers: one backward pass for each vector of each matrix."""
@@ -108,31 +137,6 @@ class AssignedApproximation(StatisticalApproximation):
             zeros = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
             return DiagonalOperator(zeros)
         return BlockDiagonalOperator(tuple(blocks), tuple(coordinates), layout.size)
-
-    def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
-        """Return each parameter's block; unsupported ones with their reason and what they get instead."""
-        layout, plan = objective.layout, plan if plan is not None else objective.plan
-        assignment = self.assign(objective, plan)
-        rows = []
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            if name in plan.unsupported:
-                block = _FALLBACK_BLOCKS[assignment.others[name][0]]
-                rows.append(BlockRow(name, tuple(shape), "-", "-", block, plan.unsupported[name]))
-            else:
-                rows.append(_row(name, tuple(shape), plan, assignment))
-        return Description(repr(self), tuple(rows))
-
-    def _checked(self, objective: Objective, plan: LayerPlan) -> Assignment:
-        assignment = self.assign(objective, plan)
-        refused = [name for name, (fallback, _) in assignment.others.items() if fallback == "raise"]
-        if refused:
-            listed = "; ".join(f"{name}: {plan.unsupported[name]}" for name in refused)
-            raise UnsupportedLayerError(
-                f"{type(self).__name__} has no layer rule for {len(refused)} parameter(s): {listed}. Choose "
-                'on_unsupported="diagonal", "dense" or "exclude" for them, freeze them, register a rule with '
-                "curvlib.extensions.register, or use Exact, which needs no rules."
-            )
-        return assignment
 
 
 def layer_key(layer: Layer, statistic: str) -> str:

@@ -124,7 +124,8 @@ class StatisticalApproximation(Approximation):
             NonFiniteStatisticsError: the statistics hold NaN or infinity.
         """
         with full_precision(evaluation.layout.device):
-            statistics = self._finite(self.statistics(evaluation, generator), float(evaluation.value))
+            statistics = self.statistics(evaluation, generator)
+            statistics = finite_statistics(type(self).__name__, statistics, float(evaluation.value))
             return self.operator(evaluation.objective, statistics)
 
     def estimate_over(
@@ -137,25 +138,63 @@ class StatisticalApproximation(Approximation):
     ) -> LinearOperator:
         """Return the operator of the statistics of all batches."""
         self.check(objective)
-        total, examples, weight = None, 0, torch.zeros((), dtype=objective.layout.dtype, device=objective.layout.device)
-        bar = tqdm(loader, desc=f"{type(self).__name__} statistics", disable=not progress, unit="batch")
-        for evaluation, batch_weight in weighted_evaluations(objective, bar):
-            part = self.statistics(evaluation, generator).times(evaluation.counted_examples, batch_weight)
-            total = part if total is None else total + part
-            examples, weight = examples + evaluation.counted_examples, weight + batch_weight
-        if total is None:
-            raise ValueError("estimate_over needs a loader with at least one batch, got none.")
-        mean = total.times(1 / max(examples, 1), 1.0 if objective.loss.additive else 1 / weight)
-        return self.operator(objective, self._finite(mean, None))
-
-    def _finite(self, statistics: Statistics, value: float | None) -> Statistics:
-        if statistics.is_finite():
-            return statistics
-        where = "on these data" if value is None else f"on a batch where the objective is {value}"
-        raise NonFiniteStatisticsError(
-            f"the statistics of {type(self).__name__} are not finite {where}: look for NaN or overflow in inputs, "
-            "targets and parameters. (MovingAverage leaves such batches out and counts them.)"
+        return self.operator(
+            objective, statistics_over(self, objective, loader, generator, type(self).__name__, progress)
         )
+
+
+def statistics_over(
+    approximation: StatisticalApproximation,
+    objective: Objective,
+    loader: Iterable[Batch],
+    generator: torch.Generator | None,
+    name: str,
+    progress: bool,
+) -> Statistics:
+    """Return the statistics of all batches together.
+
+    Args:
+        approximation: what to make of each batch.
+        objective: the objective.
+        loader: an iterable of batches.
+        generator: where random draws come from.
+        name: of the approximation that the user asked for.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError: the loader gives no batch.
+        NonFiniteStatisticsError: the statistics hold NaN or infinity.
+    """
+    total, examples, weight = None, 0, torch.zeros((), dtype=objective.layout.dtype, device=objective.layout.device)
+    bar = tqdm(loader, desc=f"{name} statistics", disable=not progress, unit="batch")
+    for evaluation, batch_weight in weighted_evaluations(objective, bar):
+        part = approximation.statistics(evaluation, generator).times(evaluation.counted_examples, batch_weight)
+        total = part if total is None else total + part
+        examples, weight = examples + evaluation.counted_examples, weight + batch_weight
+    if total is None:
+        raise ValueError("estimate_over needs a loader with at least one batch, got none.")
+    mean = total.times(1 / max(examples, 1), 1.0 if objective.loss.additive else 1 / weight)
+    return finite_statistics(name, mean, None)
+
+
+def finite_statistics(name: str, statistics: Statistics, value: float | None) -> Statistics:
+    """Return the statistics after checking that they are finite.
+
+    Args:
+        name: of the approximation.
+        statistics: to be checked.
+        value: of the objective on their batch, None for several batches.
+
+    Raises:
+        NonFiniteStatisticsError: the statistics hold NaN or infinity.
+    """
+    if statistics.is_finite():
+        return statistics
+    where = "on these data" if value is None else f"on a batch where the objective is {value}"
+    raise NonFiniteStatisticsError(
+        f"the statistics of {name} are not finite {where}: look for NaN or overflow in inputs, "
+        "targets and parameters. (MovingAverage leaves such batches out and counts them.)"
+    )
 
 
 def with_l2(operator: LinearOperator, objective: Objective) -> LinearOperator:

@@ -8,7 +8,7 @@ is A (x) G; on the rows of (W b) one after another, PyTorch's order, it is the o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.weight_sharing import Expand, WeightSharing
 from curvlib.extensions import AffineMap, Layer, LayerFactors, MapFactors
 from curvlib.operators import BlockDiagonal, Diagonal, LinearOperator, Sum
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ class KFAC(LayerwiseApproximation):
 
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add the output gradients' statistics; the inputs are the same for every vector and counted once."""
-        if _is_elementwise(factors.layer):
+        if is_elementwise(factors.layer):
             add_to(sums, layer_key(factors.layer, "diagonal"), factors.squared_gradients())
             return
         for part in factors.maps:
-            if not _of_map(part.map, means):
-                means.update(_keyed(part.map, self._input_statistics(factors, part)))
-            for key, value in _keyed(part.map, self.weight_sharing.output_statistics(part)).items():
+            if not of_map(part.map, means):
+                means.update(keyed(part.map, self._input_statistics(factors, part)))
+            for key, value in keyed(part.map, self.weight_sharing.output_statistics(part)).items():
                 add_to(sums, key, value)
 
     def _input_statistics(self, factors: LayerFactors, part: MapFactors) -> dict[str, Tensor]:
@@ -80,42 +82,44 @@ class KFAC(LayerwiseApproximation):
 
     def zeros(self, layer: Layer, like: Tensor) -> Statistics:
         """Return zero factors."""
-        if _is_elementwise(layer):
+        if is_elementwise(layer):
             return Statistics(sums={layer_key(layer, "diagonal"): like.new_zeros(layer.size)})
         means, sums = {}, {}
         for part in layer.maps:
             of_inputs, of_outputs = self.weight_sharing.zeros(part, like)
-            means.update(_keyed(part, of_inputs))
-            sums.update(_keyed(part, of_outputs))
+            means.update(keyed(part, of_inputs))
+            sums.update(keyed(part, of_outputs))
         return Statistics(means=means, sums=sums)
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
         """Return the block that the strategy makes of the factors."""
-        if _is_elementwise(layer):
+        if is_elementwise(layer):
             return Diagonal(statistics.sums[layer_key(layer, "diagonal")])
         parts = []
         for part in layer.maps:
-            own = _of_map(part, statistics.means), _of_map(part, statistics.sums)
+            own = of_map(part, statistics.means), of_map(part, statistics.sums)
             product = self.weight_sharing.block(part, *own)
             parts.append(product if part.order is None else BlockDiagonal((product,), (part.order,), layer.size))
         return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
     def describe_block(self, layer: Layer) -> str:
         """Name the sizes of the factors."""
-        if _is_elementwise(layer):
+        if is_elementwise(layer):
             return "exact diagonal"
         return " + ".join(map(self.weight_sharing.description, layer.maps))
 
 
-def _is_elementwise(layer: Layer) -> bool:
+def is_elementwise(layer: Layer) -> bool:
+    """Return whether a layer scales and shifts features, so that it gets its exact diagonal."""
     return all(part.elementwise for part in layer.maps)
 
 
-def _keyed(part: AffineMap, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+def keyed(part: AffineMap, statistics: dict[str, Value]) -> dict[str, Value]:
+    """Return the statistics of one map under keys that begin with its name."""
     return {f"{part.name}|{name}": value for name, value in statistics.items()}
 
 
-def _of_map(part: AffineMap, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+def of_map(part: AffineMap, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the statistics of one map by their own names."""
     start = f"{part.name}|"
     return {key.removeprefix(start): value for key, value in statistics.items() if key.startswith(start)}

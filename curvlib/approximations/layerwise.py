@@ -12,6 +12,7 @@ from typing import ClassVar, get_args
 from torch import Tensor
 
 from curvlib.approximations.assignment import AssignedApproximation, Assignment, Fallback
+from curvlib.approximations.base import Approximation
 from curvlib.approximations.exact import check_matrix
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer, LayerFactors, LayerPlan
@@ -40,14 +41,7 @@ class LayerwiseApproximation(AssignedApproximation):
     counts_positions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_matrix(self, self.matrix)
-        if not self.matrix.has_vectors:
-            raise TypeError(
-                f"{type(self).__name__} needs vectors v_k with sum v_k v_k^T, and {self.matrix} has products only. "
-                "Use it with Exact or Dense, or choose GGN(), Fisher() or EmpiricalFisher() here."
-            )
-        if self.on_unsupported not in get_args(Fallback):
-            raise ValueError(f"on_unsupported must be one of {get_args(Fallback)}, got {self.on_unsupported!r}.")
+        check_vectors(self, self.matrix, self.on_unsupported)
 
     @abstractmethod
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
@@ -80,3 +74,20 @@ class LayerwiseApproximation(AssignedApproximation):
             dict.fromkeys((layer.name for layer in plan.layers), self),
             dict.fromkeys(plan.unsupported, (self.on_unsupported, self.matrix)),
         )
+
+
+def check_vectors(approximation: Approximation, matrix: CurvatureMatrix, on_unsupported: Fallback) -> None:
+    """Refuse what is no curvature matrix with output-space vectors, and an unknown fallback.
+
+    Raises:
+        TypeError: it is none, or has products only.
+        ValueError: the fallback is unknown.
+    """
+    check_matrix(approximation, matrix)
+    if not matrix.has_vectors:
+        raise TypeError(
+            f"{type(approximation).__name__} needs vectors v_k with sum v_k v_k^T, and {matrix} has products only. "
+            "Use it with Exact or Dense, or choose GGN(), Fisher() or EmpiricalFisher() here."
+        )
+    if on_unsupported not in get_args(Fallback):
+        raise ValueError(f"on_unsupported must be one of {get_args(Fallback)}, got {on_unsupported!r}.")

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from curvlib.approximations.base import StatisticalApproximation, Statistics
+from curvlib.approximations.base import StatisticalApproximation
+from curvlib.approximations.running import RunningAverage, running_average
+from curvlib.approximations.statistics import Statistics
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator
 
 
-class MovingAverage:
+class MovingAverage(RunningAverage):
     """S_k = epsilon_k S_{k-1} + (1 - epsilon_k) s_k, epsilon_k = min(1 - 1/k, decay): de-biased from the first step.
 
     The plain average of the first updates, then an exponential one (Martens & Grosse 2015, sec. 5). It averages the
@@ -40,14 +42,10 @@ class MovingAverage:
         if not isinstance(approximation, StatisticalApproximation):
             raise TypeError(
                 f"MovingAverage needs an approximation with statistics that average (KFAC, Diagonal, BlockDiagonal, "
-                f"Dense, Identity), got {approximation!r}."
+                f"Dense, Identity), got {approximation!r}. (EKFAC has an EigenbasisAverage.)"
             )
-        if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
-            raise ValueError(f"MovingAverage needs 0 <= decay < 1, got {decay!r}.")
+        super().__init__(decay)
         self.approximation = approximation
-        self.decay = float(decay)
-        self.updates = 0
-        self.skipped = 0
         self._statistics: Statistics | None = None
 
     def update(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> bool:
@@ -56,12 +54,7 @@ class MovingAverage:
         if not statistics.is_finite():
             self.skipped += 1
             return False
-        self.updates += 1
-        epsilon = min(1 - 1 / self.updates, self.decay)
-        if self._statistics is None or epsilon == 0:
-            self._statistics = statistics
-        else:
-            self._statistics = self._statistics.times(epsilon, epsilon) + statistics.times(1 - epsilon, 1 - epsilon)
+        self._statistics = self._averaged(self._statistics, statistics)
         return True
 
     def operator(self, objective: Objective) -> LinearOperator:
@@ -70,22 +63,15 @@ class MovingAverage:
         Raises:
             RuntimeError: there was no update with finite statistics yet.
         """
-        if self._statistics is None:
-            raise RuntimeError(
-                f"MovingAverage has no statistics yet ({self.skipped} update(s) were not finite): call update first."
-            )
-        return self.approximation.operator(objective, self._statistics)
+        return self.approximation.operator(objective, self._known(self._statistics))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged tensors and counts."""
-        statistics = self._statistics
         return {
             "approximation": repr(self.approximation),
             "updates": self.updates,
             "skipped": self.skipped,
-            "means": dict(statistics.means) if statistics else None,
-            "sums": dict(statistics.sums) if statistics else None,
-            "roots": dict(statistics.roots) if statistics else None,
+            **state_of(self._statistics),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,11 +80,27 @@ class MovingAverage:
         Raises:
             ValueError: the state is that of another approximation; nothing is changed.
         """
-        if state["approximation"] != repr(self.approximation):
-            raise ValueError(
-                f"the state is that of a MovingAverage of {state['approximation']}, not of {self.approximation!r}."
-            )
+        self._check_state(state, self.approximation)
         self.updates, self.skipped = state["updates"], state["skipped"]
-        empty = state["means"] is None
-        kinds = (dict(state.get(kind) or {}) for kind in ("means", "sums", "roots"))
-        self._statistics = None if empty else Statistics(*kinds)
+        self._statistics = statistics_of(state)
+
+
+@running_average.register
+def _(approximation: StatisticalApproximation, decay: float) -> RunningAverage:
+    return MovingAverage(approximation, decay)
+
+
+def state_of(statistics: Statistics | None) -> dict[str, Any]:
+    """Return the entries of a state dictionary for statistics, or for none yet."""
+    return {
+        "means": dict(statistics.means) if statistics else None,
+        "sums": dict(statistics.sums) if statistics else None,
+        "roots": dict(statistics.roots) if statistics else None,
+    }
+
+
+def statistics_of(state: dict[str, Any]) -> Statistics | None:
+    """Return the statistics of a state dictionary."""
+    if state["means"] is None:
+        return None
+    return Statistics(*(dict(state.get(kind) or {}) for kind in ("means", "sums", "roots")))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.approximations import Approximation, Exact, MovingAverage, StatisticalApproximation, joined
+from curvlib.approximations import Approximation, Exact, RunningAverage, joined, running_average
 from curvlib.matrices import GGN
 from curvlib.objective import Objective
 from curvlib.operators import LinearOperator, operator_from_state_dict
@@ -104,13 +104,15 @@ class PreconditionedGradient(Direction):
     """Delta = -(C + lambda I)^-1 g with amortised statistics and inverses, as in K-FAC (Martens & Grosse 2015, sec. 8).
 
     Args:
-        curvature: the approximation; one with statistics is averaged over steps, another is estimated anew each step.
+        curvature: the approximation; one with a ``running_average`` is averaged over steps, another estimated anew
+            each step.
         solver: ``damped_inverse``, ``FactoredTikhonov()``, ``CG(...)``: anything (C, lambda) -> inverse.
         fraction: part of the batch that statistics are made of (tau_1).
         decay: of the moving average of statistics, for each step: one statistic in m steps decays by decay^m.
         statistics_every: steps from one statistic to the next.
         inverse_every: steps from one inverse to the next (T_3). The first three steps, a damping that has moved by a
-            factor of two and a rejected step refresh it as well.
+            factor of two and a rejected step refresh it as well. The inverses of ``EKFAC``, whose average keeps an
+            eigenbasis, come at each step.
     """
 
     curvature: Approximation
@@ -137,15 +139,14 @@ class PreconditionedGradient(Direction):
         """Return the state before the first step."""
         _refuse_parts_of_sums("PreconditionedGradient", self.fraction, objective)
         self.curvature.check(objective)
-        if isinstance(self.curvature, StatisticalApproximation):
-            return _AmortisedState(self, MovingAverage(self.curvature, self.decay**self.statistics_every))
-        return _FreshState(self)
+        average = running_average(self.curvature, self.decay**self.statistics_every)
+        return _FreshState(self) if average is None else _AmortisedState(self, average)
 
 
 class _AmortisedState(DirectionState):
     """Statistics in a moving average, and the last inverse."""
 
-    def __init__(self, config: PreconditionedGradient, average: MovingAverage) -> None:
+    def __init__(self, config: PreconditionedGradient, average: RunningAverage) -> None:
         self._config, self._average = config, average
         self._steps = self._failures = 0
         self._operator: LinearOperator | None = None  # what the inverse was made from, with the damping below
@@ -168,7 +169,9 @@ class _AmortisedState(DirectionState):
         self._rejected = True
 
     def _is_stale(self, damping: float) -> bool:
-        if self._inverse is None or self._rejected or self._steps < 3 or self._steps % self._config.inverse_every == 0:
+        if self._inverse is None or self._rejected or self._steps < 3 or self._average.diagonalised:
+            return True
+        if self._steps % self._config.inverse_every == 0:
             return True
         low, high = sorted((damping, self._inverse_damping))
         return high > _STALE_DAMPING * low
