@@ -1,6 +1,7 @@
 """One random operator of every structure, each beside the dense matrix that it must equal, made by another way."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from curvlib.operators import (
     KroneckerCongruence,
     KroneckerEigen,
     KroneckerEigenStack,
+    KroneckerMarkovChain,
+    KroneckerMarkovPrecision,
     KroneckerStack,
     LinearOperator,
     LowRank,
@@ -260,6 +263,46 @@ def general_kronecker_chain(d: Draw):
     return GeneralKroneckerChain(tuple(F[0] for F in moments), tuple(F[1] for F in moments)), M
 
 
+def _markov_moments(d: Draw, sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The blocks on the diagonal and beside it of a covariance of vectors of these sizes."""
+    B = d.normal(sum(sizes), sum(sizes) + 2)
+    rows = B.split(sizes)
+    return [X @ X.T for X in rows], [X @ Y.T for X, Y in pairwise(rows)]
+
+
+def markov_covariance(moments: list[Tensor], cross: list[Tensor]) -> Tensor:
+    """C_ij = C_{i,i+1} C_{i+1,i+1}^-1 C_{i+1,j} for i < j: x_i given x_{i+1} knows no more of x_j."""
+    rows = [[moments[-1]]]
+    for F, E, following in zip(reversed(moments[:-1]), reversed(cross), reversed(moments[1:]), strict=True):
+        sizes = [block.shape[1] for block in rows[0]]
+        right = (E @ torch.linalg.pinv(following, hermitian=True) @ torch.cat(rows[0], dim=1)).split(sizes, dim=1)
+        rows = [[F, *right], *([part.T, *row] for part, row in zip(right, rows, strict=True))]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+def kronecker_markov_chain(d: Draw):
+    """Positive semi-definite whatever was asked for."""
+    length = d.integer(1, 3)
+    G, A = (_markov_moments(d, [d.integer(1, 3) for _ in range(length)]) for _ in range(2))
+    moments, cross = (tuple(zip(*pair, strict=True)) for pair in zip(G, A, strict=True))
+    return KroneckerMarkovChain(moments, cross), markov_covariance(
+        [_kron(*pair) for pair in moments], [_kron(*pair) for pair in cross]
+    )
+
+
+def kronecker_markov_precision(d: Draw):
+    sizes = [(d.integer(1, 3), d.integer(1, 3)) for _ in range(d.integer(1, 3))]
+    blocks = [d.symmetric(n * m) for n, m in sizes]
+    transitions = tuple((d.normal(n, k), d.normal(m, j)) for (n, m), (k, j) in pairwise(sizes))
+    middle, start = torch.block_diag(*blocks), 0
+    Xi = torch.eye(len(middle), dtype=d.dtype, device=d.device)
+    for block, pair in zip(blocks, transitions, strict=False):
+        Psi, end = _kron(*pair), start + len(block)
+        Xi[start:end, end : end + Psi.shape[1]] = -Psi
+        start = end
+    return KroneckerMarkovPrecision(tuple(map(Dense, blocks)), transitions), Xi.T @ middle @ Xi
+
+
 def low_rank(d: Draw):
     n, r = d.integer(1, 6), d.integer(0, 7)
     U, w, v = d.normal(n, r), d.values(r), d.values(n)
@@ -318,6 +361,8 @@ CASES: dict[str, Callable[[Draw], tuple[LinearOperator, Tensor]]] = {
         kronecker_congruence_of_two_terms,
         symmetric_kronecker_chain,
         general_kronecker_chain,
+        kronecker_markov_chain,
+        kronecker_markov_precision,
         low_rank,
         low_rank_alone,
         matrix_free,

@@ -23,6 +23,7 @@ from curvlib.operators.kronecker_chain import GeneralKroneckerChain, SymmetricKr
 from curvlib.operators.kronecker_congruence import KroneckerCongruence
 from curvlib.operators.kronecker_stack import KroneckerEigenStack, KroneckerStack
 from curvlib.operators.low_rank import LowRank
+from curvlib.operators.markov_chain import KroneckerMarkovChain
 
 
 @singledispatch
@@ -95,6 +96,14 @@ def _(operator: SymmetricKroneckerChain | GeneralKroneckerChain, factor: float) 
         return None  # no chain has negative second moments
     (G0, A0), (G1, A1) = operator.lag0, operator.lag1
     return replace(operator, lag0=(factor * G0, A0), lag1=(factor * G1, A1))
+
+
+@absorb_factor.register
+def _(operator: KroneckerMarkovChain, factor: float) -> LinearOperator | None:
+    if factor < 0.0:
+        return None  # no covariance is negative
+    moments, cross = (tuple((factor * G, A) for G, A in pairs) for pairs in (operator.moments, operator.cross))
+    return KroneckerMarkovChain(moments, cross)
 
 
 @absorb_factor.register

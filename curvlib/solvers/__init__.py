@@ -1,6 +1,6 @@
 """Solvers: how (C + damping I)^-1 is applied, how a quadratic model is minimised, how the damping adapts."""
 
-from curvlib.solvers import kronecker_chain  # noqa: F401 - its rules
+from curvlib.solvers import kronecker_chain, markov_chain  # noqa: F401 - their rules
 from curvlib.solvers.cg import CG, CGInverse
 from curvlib.solvers.damping import ConstantDamping, DampingControl, DampingState, LevenbergMarquardt
 from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeFloor, RelativeStart

@@ -60,8 +60,8 @@ def damped_inverse(operator: LinearOperator, damping: float) -> LinearOperator:
     KroneckerStack        the same, of all blocks at once
     KroneckerEigen        1 / (e + lambda) in the same basis
     KroneckerEigenStack   1 / (e + lambda) in the same basis
-    ...KroneckerChain     without damping by structure; else conjugate gradients, preconditioned with the
-                          chain that FactoredTikhonov damps
+    ...KroneckerChain,    without damping by structure; else conjugate gradients, preconditioned with the
+    KroneckerMarkovChain  chain that FactoredTikhonov damps
     LowRank               Woodbury: again low rank plus diagonal, with the orthogonal complement
     Scaled, Shifted, Sum  rule of what is inside, where the factor, the shift or the diagonals can be moved
     any other             conjugate gradients anew at each product, to a relative residual of about 1e-10 in

@@ -48,6 +48,8 @@ BY_CG = {
     "kronecker_congruence_of_two_terms",
     "symmetric_kronecker_chain",
     "general_kronecker_chain",
+    "kronecker_markov_chain",
+    "kronecker_markov_precision",
     "matrix_free",
     "matrix_free_with_form",
 }

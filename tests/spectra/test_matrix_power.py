@@ -45,6 +45,8 @@ UNSTRUCTURED = {
     "kronecker_congruence_of_two_terms",
     "symmetric_kronecker_chain",
     "general_kronecker_chain",
+    "kronecker_markov_chain",
+    "kronecker_markov_precision",
 }
 
 
