@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from curvlib.extensions.chain import chain_of_calls
 from curvlib.extensions.factors import LayerFactors, map_factors
 from curvlib.extensions.layers import Layer, LayerPlan, PlannedModule, UnsupportedLayerError
 from curvlib.extensions.rule import PositionFactors
@@ -141,6 +142,21 @@ class Tape:
 
     def _targets(self, call: Call) -> list[tuple[Layer, int]]:
         return [target for target in call.planned.targets if target is not None and target[0].name in self.plan.calls]
+
+    def chain(self, outputs: Tensor) -> tuple[Layer, ...]:
+        """Return the layers in the order of their calls, where these form a chain of single positions.
+
+        Raises:
+            UnsupportedLayerError: they do not.
+        """
+        calls = chain_of_calls(outputs, self._calls)
+        for call in calls:
+            if call.dimensions > 2:
+                raise UnsupportedLayerError(
+                    f"layer {call.planned.name!r} is used at several positions, its outputs having {call.dimensions} "
+                    "dimensions: a chain needs (N, features). Use KFAC."
+                )
+        return tuple(layer for call in calls for layer, _ in self._targets(call))
 
     def factors(self, outputs: Tensor, vector: Tensor) -> Iterator[LayerFactors]:
         """Yield (a, g) of every layer for one output-space vector, by one backward pass down to the layers' outputs.

@@ -226,6 +226,14 @@ class Evaluation:
             return torch.ones(self.examples, dtype=torch.bool, device=self.layout.device)
         return self.objective.loss.ignores(self._outputs, self.targets)
 
+    def layer_chain(self) -> tuple[Layer, ...]:
+        """Return the layers from the first to the last, where each one's inputs depend on the layer before alone.
+
+        Raises:
+            UnsupportedLayerError: they form no chain; the layers where it branches.
+        """
+        return self._tape.chain(self._recorded)
+
     def reached_positions(self) -> dict[str, Bool[Tensor, "N T"]]:
         """Return, by affine map with ordered positions, those that the outputs depend on whose targets count.
 
