@@ -9,7 +9,9 @@ from torch import nn
 
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective
 from curvlib.approximations import (
+    EKFAC,
     KFAC,
+    KFRA,
     LBFGS,
     BlockDiagonal,
     ByGroups,
@@ -25,6 +27,7 @@ from curvlib.approximations import (
     RandomizedSketch,
     Remainder,
     RootDiagonal,
+    TridiagonalKFAC,
 )
 from curvlib.optimizers import hessian_free, kfac
 from curvlib.solvers import CG, FactoredTikhonov, ResidualTest, damped_inverse
@@ -51,7 +54,11 @@ def accelerator(device):
 
 
 ESTIMATES = [
-    *(a(m) for a in (Exact, Dense, BlockDiagonal, Diagonal, KFAC) for m in (GGN(), EmpiricalFisher())),
+    *(
+        a(m)
+        for a in (Exact, Dense, BlockDiagonal, Diagonal, KFAC, EKFAC, TridiagonalKFAC, KFRA)
+        for m in (GGN(), EmpiricalFisher())
+    ),
     Exact(Hessian()),
     Identity(),
     LowRank(GGN()),

@@ -1,16 +1,18 @@
 """Approximations of a curvature matrix: which statistics of it are kept."""
 
-from curvlib.approximations.assignment import AssignedApproximation, Assignment, layer_key
+from curvlib.approximations.assignment import AssignedApproximation, Assignment, LayerAssignment, layer_key
 from curvlib.approximations.base import Approximation, StatisticalApproximation, StatisticalWeightedSum, WeightedSum
 from curvlib.approximations.block_diagonal import BlockDiagonal
 from curvlib.approximations.block_kinds import BlockKind, DenseBlocks, LowRankBlocks
 from curvlib.approximations.description import BlockRow, Description
 from curvlib.approximations.diagonal import Diagonal
+from curvlib.approximations.ekfac import EKFAC, EigenbasisAverage
 from curvlib.approximations.exact import Dense, Exact
 from curvlib.approximations.hutchinson import HutchinsonDiagonal
 from curvlib.approximations.identity import Identity
 from curvlib.approximations.joint import joined
 from curvlib.approximations.kfac import KFAC
+from curvlib.approximations.kfra import KFRA
 from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.lbfgs import LBFGS, LBFGSHistory, PairRule, PowellDamping, SkipPairs
 from curvlib.approximations.linear_gaussian import (
@@ -35,13 +37,17 @@ from curvlib.approximations.partition import (
 )
 from curvlib.approximations.per_layer import PerLayer
 from curvlib.approximations.root_diagonal import RootDiagonal
+from curvlib.approximations.running import RunningAverage, running_average
 from curvlib.approximations.statistics import NonFiniteStatisticsError, Statistics
 from curvlib.approximations.structural_damping import StructuralDamping
+from curvlib.approximations.tridiagonal import TridiagonalKFAC
 from curvlib.approximations.truncation import FullRank, LanczosTruncation, LowRankMethod, Nystrom, RandomizedSketch
 from curvlib.approximations.weight_sharing import Expand, Independent, OneProduct, Reduce, WeightSharing
 
 __all__ = [
+    "EKFAC",
     "KFAC",
+    "KFRA",
     "LBFGS",
     "Approximation",
     "AssignedApproximation",
@@ -58,6 +64,7 @@ __all__ = [
     "DenseBlocks",
     "Description",
     "Diagonal",
+    "EigenbasisAverage",
     "EstimatedRemainder",
     "Exact",
     "Expand",
@@ -69,6 +76,7 @@ __all__ = [
     "Independent",
     "LBFGSHistory",
     "LanczosTruncation",
+    "LayerAssignment",
     "LayerPartition",
     "LayerwiseApproximation",
     "LinearGaussian",
@@ -91,6 +99,7 @@ __all__ = [
     "Remainder",
     "RemainderDiagonal",
     "RootDiagonal",
+    "RunningAverage",
     "SkipPairs",
     "SquaredChange",
     "StatisticalApproximation",
@@ -99,8 +108,10 @@ __all__ = [
     "StructuralDamping",
     "SymmetricTransition",
     "Transition",
+    "TridiagonalKFAC",
     "WeightSharing",
     "WeightedSum",
     "joined",
     "layer_key",
+    "running_average",
 ]

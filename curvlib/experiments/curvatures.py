@@ -9,7 +9,9 @@ from typing import Any
 
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian
 from curvlib.approximations import (
+    EKFAC,
     KFAC,
+    KFRA,
     Approximation,
     BlockDiagonal,
     ByOutputUnit,
@@ -24,6 +26,7 @@ from curvlib.approximations import (
     Reduce,
     Remainder,
     SymmetricTransition,
+    TridiagonalKFAC,
 )
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.registry import Registry
@@ -45,6 +48,10 @@ APPROXIMATIONS.register("kfac-reduce", partial(KFAC, weight_sharing=Reduce()))
 # K-FAC with correlated time steps, for recurrent layers.
 APPROXIMATIONS.register("kfac-symmetric-chain", partial(KFAC, weight_sharing=LinearGaussian(SymmetricTransition())))
 APPROXIMATIONS.register("kfac-general-chain", partial(KFAC, weight_sharing=LinearGaussian(GeneralTransition())))
+APPROXIMATIONS.register("ekfac", EKFAC)
+# For chains of linear layers.
+APPROXIMATIONS.register("kfac-tridiagonal", TridiagonalKFAC)
+APPROXIMATIONS.register("kfra", KFRA)
 APPROXIMATIONS.register("diagonal", Diagonal)
 APPROXIMATIONS.register("block-diagonal", BlockDiagonal)
 APPROXIMATIONS.register("dense", Dense)

@@ -109,7 +109,7 @@ BAD = {
     "twice": (("compare", "--steps", 1, "--method", "sgd", "--method", "sgd"), "different methods"),
     "curvature": (
         ("compare", "--steps", 1, "--curvature", "x"),
-        "Known: kfac, kfac-reduce, kfac-symmetric-chain, kfac-general-chain, diagonal, block-diagonal, dense, exact,",
+        "Known: kfac, kfac-reduce, kfac-symmetric-chain, kfac-general-chain, ekfac, kfac-tridiagonal, kfra, diagonal,",
     ),
     "matrix": (("compare", "--steps", 1, "--matrix", "x"), "Known: ggn, fisher, empirical-fisher"),
     "identity": (("compare", "--steps", 1, "--curvature", "identity", "--matrix", "ggn"), "approximates no matrix"),
