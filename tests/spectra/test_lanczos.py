@@ -64,7 +64,8 @@ def test_small_operators_of_every_kind(which, data):
     C, M = case(draw(data.draw(st.integers(0, 1000)), torch.device("cpu"), definite=False))
     count = data.draw(st.integers(1, C.size))
     pairs = Lanczos(count=count, which=which)(C)
-    expected = wanted(torch.linalg.eigvalsh(M), which, count)
+    # of the operator's own matrix: some structures have lost a few digits of the dense one's before
+    expected = wanted(torch.linalg.eigvalsh(C.to_dense()), which, count)
     assert pairs.values.tolist() == pytest.approx(expected, abs=1e-12 * max(1.0, float(M.abs().max()) * C.size))
     assert pairs.products == C.size + count
     assert pairs.solved
