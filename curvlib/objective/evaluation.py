@@ -237,8 +237,7 @@ class Evaluation:
     def reached_positions(self) -> dict[str, Bool[Tensor, "N T"]]:
         """Return, by affine map with ordered positions, those that the outputs depend on whose targets count.
 
-        One backward pass down to the layers' outputs, from a vector that is zero where a target is ignored alone. Empty
-        where no position may be padding.
+        One backward pass, from a vector that is zero where a target is ignored. Empty where nothing may be padding.
         """
         if self._padded is None:
             return {}

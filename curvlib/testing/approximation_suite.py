@@ -6,7 +6,7 @@ Symbols: D parameters, C the estimate, eta the l2 weight, c the factor of the lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from curvlib.approximations import Approximation, MovingAverage, StatisticalAppr
 from curvlib.testing.exactness import ExactOn
 from curvlib.testing.identities import Subject
 from curvlib.testing.losses import EVERY_LOSS, LOSSES
-from curvlib.testing.networks import mlp, networks, with_loss
+from curvlib.testing.networks import ACTIVATIONS, mlp, networks, with_loss
 from curvlib.testing.operator_suite import check_operator
 from curvlib.testing.oracles import Network
 from curvlib.testing.search import search
@@ -36,6 +36,8 @@ def check_approximation(
     semidefinite: bool = True,
     degree: float | None = 1.0,
     averages: bool = True,
+    activations: Sequence[type[nn.Module]] = ACTIVATIONS,
+    positions: bool = True,
     examples: int = 10,
     draws: int = 200,
 ) -> None:
@@ -52,6 +54,8 @@ def check_approximation(
         degree: multiplying the loss by c multiplies the estimate by c^degree: 1 for a curvature, 1/2 for its root, 0
             for the identity; None makes no claim.
         averages: whether the estimate over batches is that of one large batch.
+        activations: between the layers of the networks, for one that does not take all.
+        positions: whether it takes layers that are used at several positions.
         examples: how many networks are drawn.
         draws: how many estimates are averaged where they are random.
 
@@ -76,7 +80,8 @@ def check_approximation(
             part(estimates, claims)
 
     losses = [case for case in LOSSES if case.likelihood] if known.random else LOSSES
-    search(networks(losses, max_examples=4), check, examples)
+    drawn = networks(losses, activations=activations, positions=positions, max_examples=4)
+    search(drawn, check, examples)
     if exact_on is not None:
         _exact(approximation, subject, exact_on, known.random, examples, draws)
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,9 @@ from torch import nn
 
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian
 from curvlib.approximations import (
+    EKFAC,
     KFAC,
+    KFRA,
     BlockDiagonal,
     Dense,
     Diagonal,
@@ -22,6 +24,7 @@ from curvlib.approximations import (
     PerLayer,
     RootDiagonal,
     StructuralDamping,
+    TridiagonalKFAC,
 )
 from curvlib.operators import Kronecker
 from curvlib.solvers import CG, MINRES, FactoredTikhonov, RaiseAtLimit, ResidualTest, damped_inverse
@@ -85,6 +88,9 @@ APPROXIMATIONS = (
     *(Case(BlockDiagonal(matrix), {"exact_on": ON_BLOCKS}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
     *(Case(Diagonal(matrix), {"exact_on": ON_DIAGONAL}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
     *(Case(KFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
+    *(Case(EKFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher())),
+    Case(TridiagonalKFAC(GGN()), {"positions": False}),
+    Case(KFRA(GGN()), {"positions": False, "activations": (nn.Tanh, nn.ReLU)}),
     Case(RootDiagonal(GGN()), {"exact_on": ExactOn(part=root), "degree": 0.5}),
     Case(HutchinsonDiagonal(GGN()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
     Case(LowRank(GGN()), {"exact_on": EVERYWHERE}),
