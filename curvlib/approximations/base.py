@@ -102,6 +102,11 @@ class Approximation(ABC):
             plan: the layers of an evaluation; None takes what the model alone shows.
         """
 
+    @property
+    def may_be_indefinite(self) -> bool:
+        """Whether estimates may have negative eigenvalues beyond rounding. Default: those of ``Hessian()`` may."""
+        return not getattr(getattr(self, "matrix", None), "has_vectors", True)
+
     def check(self, objective: Objective) -> None:  # noqa: B027 - most approximations accept every model
         """Refuse an objective that the approximation cannot treat, before any computation."""
 
@@ -301,6 +306,11 @@ class WeightedSum(Approximation):
         """Refuse what one of the parts refuses."""
         for _, part in self.parts:
             part.check(objective)
+
+    @property
+    def may_be_indefinite(self) -> bool:
+        """Whether a weight is negative or a part may be indefinite."""
+        return any(weight < 0 or part.may_be_indefinite for weight, part in self.parts)
 
     def _terms(self) -> tuple[tuple[float, Approximation], ...]:
         return self.parts

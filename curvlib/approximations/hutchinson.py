@@ -44,6 +44,11 @@ class HutchinsonDiagonal(StatisticalApproximation):
         if isinstance(self.probes, bool) or not isinstance(self.probes, int) or self.probes < 1:
             raise ValueError(f"HutchinsonDiagonal needs probes >= 1, got {self.probes!r}.")
 
+    @property
+    def may_be_indefinite(self) -> bool:
+        """True: entries may come out negative by chance."""
+        return True
+
     def statistics(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Statistics:
         """Return the estimate without the l2 term; each batch has probes of its own."""
         evaluation.check_fresh()

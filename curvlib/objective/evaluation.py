@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape, UnsupportedLayerError
+from curvlib.objective.elsewhere import BACKWARD, FORWARD, Elsewhere
 from curvlib.objective.errors import (
     FusedKernelError,
     FusedKernelWarning,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from curvlib.objective.objective import Objective
 
 
-# Work in gradients: a forward pass, a backward pass with weight gradients, and one down to the layers' outputs alone.
-_FORWARD, _BACKWARD, _TO_OUTPUTS = 1 / 3, 2 / 3, 1 / 3
+# Work of a backward pass down to the layers' outputs alone.
+_TO_OUTPUTS = 1 / 3
 
 
 # How PyTorch names, in its error, the backward passes that it cannot differentiate although another kernel could.
@@ -73,7 +74,7 @@ class Evaluation:
         self._tape = tape
         self._forward = forward
         self._linearize = linearize
-        self.work = _FORWARD
+        self.work = FORWARD
         self._freshness = Freshness(objective, (*tensors_of(inputs), *tensors_of(self.targets)))
         hooked = [name for name, p in zip(self.layout.names, parameters, strict=True) if p._backward_hooks]
         if hooked:
@@ -151,7 +152,7 @@ class Evaluation:
     @cached_property
     def _transposed(self) -> tuple[Tensor, Float[Tensor, " D"]]:
         """A leaf u with the value dL/dz, and J^T u with the graph that makes it a function of u (and of theta)."""
-        self.work += _BACKWARD
+        self.work += BACKWARD
         u = self.output_gradient.to(self._graph.dtype).detach().requires_grad_()
         with torch.enable_grad(), full_precision(self.layout.device):
             rows = torch.autograd.grad(self._graph, self._parameters, u, create_graph=True, allow_unused=True)
@@ -179,7 +180,7 @@ class Evaluation:
             return self._vjp(vector)
 
     def _vjp(self, vector: Float[Tensor, "N ..."]) -> Float[Tensor, " D"]:
-        self.work += _BACKWARD
+        self.work += BACKWARD
         rows = torch.autograd.grad(
             self._graph, self._parameters, vector.to(self._graph.dtype), retain_graph=True, allow_unused=True
         )
@@ -255,7 +256,7 @@ class Evaluation:
         chosen = [self._parameters[self.layout.names.index(name)] for name in names]
         vector = vector.to(self._graph.dtype)
         for n in range(self.examples):
-            self.work += _BACKWARD
+            self.work += BACKWARD
             rows = torch.autograd.grad(self._graph[n], chosen, vector[n], retain_graph=True, allow_unused=True)
             yield [
                 torch.zeros_like(parameter) if row is None else row for parameter, row in zip(chosen, rows, strict=True)
@@ -270,17 +271,23 @@ class Evaluation:
             StaleEvaluationError: the batch, or the training mode of a module, has changed.
         """
         self._freshness.check_batch()
-        self.work += _FORWARD
+        self.work += FORWARD
         parts = self.layout.unflatten(parameters)
         with torch.no_grad():
             outputs = self._forward.at(dict(zip(self.layout.names, parts, strict=True))).to(self._outputs.dtype)
             with full_precision(self.layout.device):
                 return self.objective.total(self.objective.loss.value(outputs, self.targets), parts)
 
+    def elsewhere(self, parameters: Float[Tensor, " D"]) -> Elsewhere:
+        """Return the objective on the same batch at other parameters (D,) for its gradient there, like value_at."""
+        self._freshness.check_batch()
+        self.work += FORWARD
+        return Elsewhere(self, self._forward, parameters)
+
     def forward_again(self) -> Float[Tensor, "N ..."]:
         """Return the outputs of another forward pass, with a graph: same parameters, random numbers and precision."""
         self.check_fresh()
-        self.work += _FORWARD
+        self.work += FORWARD
         with torch.enable_grad():
             return self._forward.at(dict(zip(self.layout.names, self._parameters, strict=True)))
 
@@ -366,7 +373,7 @@ class Evaluation:
                 stacklevel=2,
             )
         self._forward.differentiable_kernels = True
-        self.work += _FORWARD
+        self.work += FORWARD
         with torch.enable_grad():
             self._graph = self._forward.at(dict(zip(self.layout.names, self._parameters, strict=True)))
         for cached in ("_transposed", "_linearization"):
@@ -379,7 +386,7 @@ class Evaluation:
         return max(torch.finfo(dtype).eps for dtype in (*types, *((autocast,) if autocast is not None else ())))
 
     def _differentiate(self, transposed: Tensor, of: list[Tensor], vector: Tensor) -> tuple[Any, ...]:
-        self.work += _BACKWARD
+        self.work += BACKWARD
         try:
             # u itself is always used
             return torch.autograd.grad(transposed, of, vector, retain_graph=True, allow_unused=len(of) > 1)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from curvlib.approximations import KFAC, Approximation, Exact
-from curvlib.matrices import GGN, Fisher
+from curvlib.matrices import GGN, Fisher, Hessian
 from curvlib.objective import Objective
-from curvlib.optimizers.directions import PreconditionedGradient, Solver, TruncatedNewton
+from curvlib.optimizers.directions import PreconditionedGradient, TruncatedNewton
+from curvlib.optimizers.layer_damping import SolverForModel
+from curvlib.optimizers.model_descent import ModelDescent
+from curvlib.optimizers.proposal import Solver
 from curvlib.optimizers.second_order import SecondOrderOptimizer
-from curvlib.optimizers.step_rules import BacktrackingLineSearch, ModelRescaling
+from curvlib.optimizers.step_rules import BacktrackingLineSearch, FixedLength, ModelRescaling
 from curvlib.solvers import (
+    ConstantDamping,
     DampingControl,
+    Descent,
     FactoredTikhonov,
     LevenbergMarquardt,
+    RadiusControl,
     RelativeFloor,
     RelativeStart,
+    Steihaug,
+    TrustRegion,
     UndampedRatio,
 )
 
@@ -23,7 +31,7 @@ def kfac(
     *,
     curvature: Approximation | None = None,
     damping: float | DampingControl | None = None,
-    solver: Solver | None = None,
+    solver: Solver | SolverForModel | None = None,
     statistics_fraction: float = 1 / 4,
     model_fraction: float = 1 / 4,
     seed: int = 0,
@@ -115,5 +123,42 @@ def hessian_free(
         step_rule=BacktrackingLineSearch(),
         damping=control,
         ratio=UndampedRatio(),
+        seed=seed,
+    )
+
+
+def newton_trust_region(
+    objective: Objective,
+    *,
+    curvature: Approximation | None = None,
+    descent: Descent | None = None,
+    radius: float | RadiusControl = 1.0,
+    damping: float = 0.0,
+    curvature_fraction: float = 1.0,
+    seed: int = 0,
+) -> SecondOrderOptimizer:
+    """Return Newton's method in a trust region, which uses directions of negative curvature.
+
+    Steihaug 1983; Nocedal & Wright, algorithm 4.1. For batches so large that the objective hardly depends on them.
+
+    Args:
+        objective: what to minimise.
+        curvature: ``Exact(Hessian())`` by default; ``Dense(Hessian())`` goes with ``MoreSorensen()``, for small models.
+        descent: ``Steihaug()`` by default.
+        radius: the first radius, in the units of the parameters, or a whole control.
+        damping: a constant lambda, added to the curvature.
+        curvature_fraction: part of the batch for the curvature's products.
+        seed: of the optimizer's random generator.
+    """
+    return SecondOrderOptimizer(
+        objective,
+        direction=ModelDescent(
+            curvature=curvature if curvature is not None else Exact(Hessian()),
+            descent=descent if descent is not None else Steihaug(),
+            fraction=curvature_fraction,
+        ),
+        step_rule=FixedLength(),
+        damping=ConstantDamping(damping),
+        radius=radius if isinstance(radius, RadiusControl) else TrustRegion(initial=radius),
         seed=seed,
     )

@@ -1,12 +1,13 @@
-"""The second-order optimizer: a composition of a direction, a step rule and a damping control.
+"""The second-order optimizer: a composition of a direction, a step rule and a control of damping or radius.
 
-Symbols: theta parameters, h objective, g gradient, M quadratic model, lambda damping, rho reduction ratio, d step.
+Symbols: theta parameters, h objective, g gradient, M quadratic model, lambda damping, Delta radius, rho
+reduction ratio, d step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from curvlib.approximations import Exact
 from curvlib.matrices import GGN
 from curvlib.objective import Batch, Evaluation, Objective
 from curvlib.operators import full_precision
-from curvlib.optimizers.directions import Direction
+from curvlib.optimizers.control import ControlState, StepControl
+from curvlib.optimizers.pairing import check_pairing
+from curvlib.optimizers.proposal import Direction
 from curvlib.optimizers.situation import Situation
 from curvlib.optimizers.step_rules import Choice, StepRule
-from curvlib.solvers import DampedRatio, DampingControl, DampingState, RatioConvention
+from curvlib.solvers import DampedRatio, DampingControl, RadiusControl, RatioConvention
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -44,6 +47,7 @@ class StepResult:
         iterations: of an iterative solver.
         gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
             network; second moments, inverses and their products are not counted.
+        radius: Delta of this step, None where there is no trust region.
     """
 
     loss: float
@@ -56,23 +60,29 @@ class StepResult:
     momentum: float
     iterations: int
     gradient_evaluations: float
+    radius: float | None = None
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
-    """theta <- theta + d, with d proposed by a curvature, scaled by a step rule and judged by a damping control.
+    """theta <- theta + d, with d proposed by a curvature, scaled by a step rule and judged by a control.
 
     The parameters are written once, at the end of an accepted step: an error or a rejected step leaves them untouched.
+    A rejected step restores the state of the direction and the last step bit for bit as well; the damping or the radius
+    moves as its control says, random numbers stay drawn, and buffers of the model are as the forward pass left them.
 
     Args:
         objective: what to minimise; it brings the model.
         direction: how a curvature and the damping turn the gradient into a proposal.
         step_rule: how far to go along it.
-        damping: how the damping follows the reduction ratio.
+        damping: how the damping follows the reduction ratio; None for 0, with a radius.
+        radius: how the radius of a trust region does, for directions whose steps keep to one; the damping then does not
+            follow the ratio.
         ratio: which model the ratio compares with.
         seed: of the optimizer's own random generator (label draws, parts of batches).
 
     Raises:
-        UnsupportedLayerError, ValueError: the objective does not fit one of the parts; named before any computation.
+        UnsupportedLayerError, ValueError: the objective does not fit one of the parts, or the parts do not go together;
+            named before any computation.
 
     Example:
         >>> import curvlib
@@ -90,29 +100,37 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         *,
         direction: Direction,
         step_rule: StepRule,
-        damping: DampingControl,
+        damping: DampingControl | None = None,
+        radius: RadiusControl | None = None,
         ratio: RatioConvention | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(objective, Objective):
             raise TypeError(f"SecondOrderOptimizer needs a curvlib.Objective, got {type(objective).__name__}.")
+        self.control = StepControl.of(damping, radius)
+        check_pairing(direction, step_rule, self.control)
         super().__init__(objective.parameters, {})
         step_rule.check(objective)
         self.objective = objective
         self.step_rule = step_rule
-        self.damping_control = damping
         self.ratio = ratio if ratio is not None else DampedRatio()
         self._direction = direction.start(objective)
         self._direction.description = direction.description()
         # A control that starts on the scale of the curvature starts with the first batch.
-        self._damping = None if damping.needs_gradient_curvature else damping.start()
+        late = self.control.damping.needs_gradient_curvature
+        self._state: ControlState | None = None if late else self.control.start()
         self._previous: Tensor | None = None
         self._generator = torch.Generator(objective.layout.device).manual_seed(seed)
 
     @property
     def damping(self) -> float | None:
         """Lambda of the next step; None before the first step where it starts on the scale of the curvature."""
-        return None if self._damping is None else self._damping.damping
+        return None if self._state is None else self._state.damping.damping
+
+    @property
+    def radius(self) -> float | None:
+        """Delta of the next step; None where there is no trust region."""
+        return None if self._state is None or self._state.radius is None else self._state.radius.radius
 
     def step(self, batch: Batch) -> StepResult:  # type: ignore[override]
         """Take one step on a batch ``(inputs, targets)`` and return what it did.
@@ -126,18 +144,27 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             gradient = self._finite_gradient(evaluation)
             if not bool(gradient.any()):
                 return self._stationary(evaluation)
-            damping = self._damping
-            if damping is None:
-                damping = self.damping_control.start(gradient_curvature=_curvature_along(gradient, evaluation))
-            return self._step(
-                Situation(self.objective, batch, evaluation, gradient, damping.damping, self._generator), damping
+            state = self._state
+            if state is None:
+                state = self.control.start(gradient_curvature=_curvature_along(gradient, evaluation))
+            radius = inf if state.radius is None else state.radius.radius
+            situation = Situation(
+                self.objective, batch, evaluation, gradient, state.damping.damping, self._generator, radius
             )
+            try:
+                result, step = self._propose(situation, state)
+            except Exception:
+                self._direction.rejected()
+                raise
+            self._finish(result.accepted, step)
+            return result
 
-    def _step(self, situation: Situation, damping: DampingState) -> StepResult:
+    def _propose(self, situation: Situation, state: ControlState) -> tuple[StepResult, Float[Tensor, " D"]]:
+        """Return a step and what there is to say about it, and move the control."""
         proposal = self._direction.propose(situation)
         choice = self.step_rule.choose(situation, proposal, self._previous)
-        actual, ratio = self._judge(situation, choice, damping)
-        accepted = choice.learning_rate != 0 and (choice.value is not None or self.damping_control.accept(ratio))
+        actual, ratio = self._judge(situation, choice, state)
+        accepted = choice.learning_rate != 0 and (choice.value is not None or self.control.accept(ratio))
         result = StepResult(
             loss=float(situation.evaluation.value),
             predicted=self.ratio.predicted_change(choice.prediction),
@@ -149,20 +176,31 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             momentum=choice.momentum,
             iterations=proposal.iterations,
             gradient_evaluations=situation.work,
+            radius=None if state.radius is None else state.radius.radius,
         )
         if accepted and ratio is None and not bool(choice.step.isfinite().all()):
             raise NonFiniteLossError(
                 "the proposed step is not finite; the parameters are unchanged. Use more damping or a shorter step."
             )
-        self._damping = self.damping_control.update(damping, ratio, mean_curvature=proposal.mean_curvature)
+        self._state = self.control.update(
+            state,
+            ratio,
+            mean_curvature=proposal.mean_curvature,
+            on_boundary=proposal.on_boundary,
+            step_length=None if state.radius is None else float(torch.linalg.vector_norm(choice.step)),
+        )
+        return result, choice.step
+
+    def _finish(self, accepted: bool, step: Float[Tensor, " D"]) -> None:
+        """Write the step, or restore what was before it."""
         if accepted:
-            self._previous = choice.step
+            self._previous = step
+            self._direction.accepted()
             theta = self.objective.parameter_vector()
-            self.objective.layout.write(self.objective.parameters, theta.add_(choice.step))
+            self.objective.layout.write(self.objective.parameters, theta.add_(step))
         else:
-            self._previous = None
+            self._previous = self.step_rule.after_rejection(self._previous)
             self._direction.rejected()
-        return result
 
     def _finite_gradient(self, evaluation: Evaluation) -> Float[Tensor, " D"]:
         """Return the gradient; refuse what is not finite before anything changes."""
@@ -189,13 +227,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             momentum=0.0,
             iterations=0,
             gradient_evaluations=evaluation.work,
+            radius=self.radius,
         )
 
-    def _judge(self, situation: Situation, choice: Choice, damping: DampingState) -> tuple[float | None, float | None]:
+    def _judge(self, situation: Situation, choice: Choice, state: ControlState) -> tuple[float | None, float | None]:
         """Return h(theta + d) - h and the reduction ratio, where they are known or needed."""
         evaluation = situation.evaluation
         judged = choice.judged_value if choice.judged_value is not None else choice.value
-        if judged is None and self.damping_control.needs_ratio(damping):
+        if judged is None and self.control.needs_ratio(state):
             judged = float(evaluation.value_at(self.objective.parameter_vector() + choice.step))
         if judged is None:
             return None, None
@@ -225,7 +264,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             **super().state_dict(),
             "made_for": self._made_for(),
             "direction": self._direction.state_dict(),
-            "damping": None if self._damping is None else self._damping.state_dict(),
+            "control": None if self._state is None else self._state.state_dict(),
             "previous": self._previous,
             "generator": self._generator.get_state(),
         }
@@ -243,7 +282,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             came = state_dict["made_for"].get(what)
             if came != expected:
                 raise ValueError(f"the state was made with another {what}: expected {expected}, got {came}.")
-        damping = state_dict["damping"] and DampingState.from_state_dict(state_dict["damping"])
+        control = state_dict["control"] and ControlState.from_state_dict(state_dict["control"])
         generator = torch.Generator(self.objective.layout.device)
         try:
             generator.set_state(state_dict["generator"].cpu())
@@ -251,7 +290,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the state of the random generator does not fit this device: {error}") from error
         self._direction.load_state_dict(state_dict["direction"])  # changes nothing if it raises
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._damping, self._previous, self._generator = damping, state_dict["previous"], generator
+        self._state, self._previous, self._generator = control, state_dict["previous"], generator
 
     def _made_for(self) -> dict[str, Any]:
         return {
@@ -262,7 +301,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             "objective": [type(self.objective.loss).__name__, self.objective.l2, str(self.objective.layout.dtype)],
             "direction": self._direction.description,
             "step rule": repr(self.step_rule),
-            "damping control": repr(self.damping_control),
+            "damping control": repr(self.control.damping),
+            "radius control": repr(self.control.radius),
             "ratio": repr(self.ratio),
         }
 

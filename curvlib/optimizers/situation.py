@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Situation:
         evaluation: the objective on the whole batch.
         gradient: g (D,).
         damping: lambda of this step.
+        radius: Delta of this step, infinite where there is none.
         generator: where random choices come from.
     """
 
@@ -37,6 +39,7 @@ class Situation:
     gradient: Float[Tensor, " D"]
     damping: float
     generator: torch.Generator
+    radius: float = inf
     _parts: list[Evaluation] = field(default_factory=list)
 
     def part(self, fraction: float, *, linearize: bool) -> Evaluation:

@@ -17,7 +17,7 @@ from torch import Tensor
 from curvlib.approximations import Exact
 from curvlib.matrices import GGN, CurvatureMatrix
 from curvlib.objective import Objective
-from curvlib.optimizers.directions import Proposal
+from curvlib.optimizers.proposal import Proposal
 from curvlib.optimizers.situation import Situation, check_fraction
 from curvlib.solvers import Prediction, QuadraticModel
 
@@ -49,6 +49,14 @@ class StepRule(ABC):
     def check(self, objective: Objective) -> None:  # noqa: B027 - most rules accept every objective
         """Refuse an objective that the rule cannot treat, before any computation."""
 
+    def after_rejection(self, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"] | None:
+        """Return d_prev of the step after a rejected one. Default: what it was before."""
+        return previous
+
+    def against_radius(self) -> str | None:
+        """Return why the rule does not go with a radius, None where it does. Default: it does not."""
+        return "it chooses a length itself, which would leave the region or judge the model by another step"
+
     @abstractmethod
     def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
         """Return the step.
@@ -56,7 +64,7 @@ class StepRule(ABC):
         Args:
             situation: the objective on the batch.
             proposal: what the direction gave.
-            previous: d_prev, or None before the first step and after a rejected one.
+            previous: d_prev, or None before the first step; after a rejected one what :meth:`after_rejection` says.
         """
 
 
@@ -89,6 +97,10 @@ class ModelRescaling(StepRule):
                 "reduction='sum': use reduction='mean', or the fraction 1 (model_fraction in the preset)."
             )
 
+    def against_radius(self) -> str | None:
+        """It rescales."""
+        return "a step that is rescaled and gets momentum leaves the region"
+
     def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
         """Return the best combination of the proposal and the last step."""
         evaluation = situation.part(self.fraction, linearize=True)
@@ -118,19 +130,27 @@ class FixedLength(StepRule):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"FixedLength needs learning_rate > 0, got {self.learning_rate!r}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"FixedLength needs 0 <= momentum < 1, got {self.momentum!r}.")
+        check_rates("FixedLength", self.learning_rate, self.momentum)
+
+    def after_rejection(self, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"] | None:
+        """Return None where there is momentum: with a fixed coefficient no damping would ever shorten that part."""
+        return previous if self.momentum == 0 else None
+
+    def against_radius(self) -> str | None:
+        """Whether it lengthens the step."""
+        if self.learning_rate <= 1 and self.momentum == 0:
+            return None
+        return "a learning rate above 1 and momentum lengthen the step, which then leaves the region"
 
     def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
         """Return the combination with the fixed coefficients."""
         step = self.learning_rate * proposal.step
         if previous is not None and self.momentum > 0:
             step = step + self.momentum * previous
+        prediction = proposal.prediction if self.learning_rate == 1 and self.momentum == 0 else None
         return Choice(
             step=step,
-            prediction=_model(situation, proposal).predict(step),
+            prediction=prediction if prediction is not None else proposal_model(situation, proposal).predict(step),
             learning_rate=self.learning_rate,
             momentum=self.momentum if previous is not None else 0.0,
         )
@@ -159,6 +179,10 @@ class BacktrackingLineSearch(StepRule):
                 f"BacktrackingLineSearch needs 0 < shrink, sufficient < 1 and max_trials >= 1, got {self}."
             )
 
+    def against_radius(self) -> str | None:
+        """It is a second answer to the same question."""
+        return "a line search and a trust region both answer a bad step by a shorter one, each on a model of its own"
+
     def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
         """Return the step of the best iterate, shortened as far as needed."""
         theta = situation.objective.parameter_vector()
@@ -168,7 +192,7 @@ class BacktrackingLineSearch(StepRule):
 
         step, value = _backtrack(value_at, proposal)
         # rho compares the whole step with the model, before the line search: a short step fits any model
-        prediction = _model(situation, proposal).predict(step)
+        prediction = proposal_model(situation, proposal).predict(step)
         start, slope = float(situation.evaluation.value), float(situation.gradient @ step)
         judged, rate = value, 1.0
         for _ in range(self.max_trials if slope < 0 else 0):
@@ -193,7 +217,16 @@ def _backtrack(value_at: Callable[[Tensor], float], proposal: Proposal) -> tuple
     return step, value
 
 
-def _model(situation: Situation, proposal: Proposal) -> QuadraticModel:
+def check_rates(owner: str, learning_rate: float, momentum: float) -> None:
+    """Raise ValueError unless the learning rate is positive and the momentum in [0, 1)."""
+    if not learning_rate > 0:
+        raise ValueError(f"{owner} needs learning_rate > 0, got {learning_rate!r}.")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{owner} needs 0 <= momentum < 1, got {momentum!r}.")
+
+
+def proposal_model(situation: Situation, proposal: Proposal) -> QuadraticModel:
+    """Return the quadratic model of the proposal's own curvature."""
     return QuadraticModel(
         value=situation.evaluation.value,
         gradient=situation.gradient,

@@ -1,9 +1,11 @@
 """Solvers: how (C + damping I)^-1 is applied, how a quadratic model is minimised, how the damping adapts."""
 
 from curvlib.solvers import kronecker_chain, markov_chain  # noqa: F401 - their rules
+from curvlib.solvers.blockwise_damping import BlockwiseDamping, damping_structure
 from curvlib.solvers.cg import CG, CGInverse
 from curvlib.solvers.damping import ConstantDamping, DampingControl, DampingState, LevenbergMarquardt
 from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeFloor, RelativeStart
+from curvlib.solvers.damping_schedules import CustomDamping, DampingSchedule, ExponentialDamping, LinearDamping
 from curvlib.solvers.descents import (
     DampedNewton,
     Descent,
@@ -14,6 +16,7 @@ from curvlib.solvers.descents import (
     Subproblem,
     TwoDimensionalSubspace,
 )
+from curvlib.solvers.determinism import DeterminismCheck, StochasticOperatorError, check_deterministic
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.factored_tikhonov import Balance, FactoredTikhonov, FixedPi, TraceNormPi, UnitPi
 from curvlib.solvers.inverse import damped_inverse, eigendecompose
@@ -48,17 +51,22 @@ __all__ = [
     "MINRES",
     "AbsoluteFloor",
     "Balance",
+    "BlockwiseDamping",
     "CGInverse",
     "ConstantDamping",
     "ConvergenceWarning",
+    "CustomDamping",
     "DampedNewton",
     "DampedRatio",
     "DampingControl",
     "DampingFloor",
+    "DampingSchedule",
     "DampingState",
     "Descent",
     "DescentStep",
+    "DeterminismCheck",
     "Dogleg",
+    "ExponentialDamping",
     "FactoredTikhonov",
     "FixedPi",
     "IterateGrid",
@@ -66,6 +74,7 @@ __all__ = [
     "KrylovMethod",
     "LevenbergMarquardt",
     "LimitAction",
+    "LinearDamping",
     "MINRESInverse",
     "MoreSorensen",
     "Prediction",
@@ -84,6 +93,7 @@ __all__ = [
     "SolveError",
     "Status",
     "Steihaug",
+    "StochasticOperatorError",
     "StoppingRule",
     "Subproblem",
     "TraceNormPi",
@@ -92,7 +102,9 @@ __all__ = [
     "UndampedRatio",
     "UnitPi",
     "WarnAtLimit",
+    "check_deterministic",
     "damped_inverse",
+    "damping_structure",
     "eigendecompose",
     "reduction_ratio",
 ]

@@ -79,6 +79,11 @@ class DampingControl(ABC):
             mean_curvature: trace(C) / D, for controls that follow the scale of the curvature.
         """
 
+    @property
+    def follows_ratio(self) -> bool:
+        """Whether the damping answers to the quality of the steps; then a radius cannot do so as well. Default: yes."""
+        return True
+
     def needs_ratio(self, state: DampingState) -> bool:
         """Return whether the next update looks at the ratio, which costs an evaluation of the objective."""
         return True
@@ -100,6 +105,11 @@ class ConstantDamping(DampingControl):
 
     def __post_init__(self) -> None:
         checked_damping(self.value, "ConstantDamping(value=...)")
+
+    @property
+    def follows_ratio(self) -> bool:
+        """False."""
+        return False
 
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step."""

@@ -47,6 +47,11 @@ class Dogleg(Descent):
     def __post_init__(self) -> None:
         check_solver("Dogleg", self.solver)
 
+    @property
+    def needs_definite(self) -> bool:
+        """True."""
+        return True
+
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.
 

@@ -143,6 +143,11 @@ class Descent(ABC):
         """Whether the step keeps to a radius; a control of the radius makes sense for those alone. Default: it does."""
         return True
 
+    @property
+    def needs_definite(self) -> bool:
+        """Whether C + damping I has to be positive definite. Default: any definiteness will do."""
+        return False
+
     @abstractmethod
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step."""

@@ -1,0 +1,129 @@
+"""What decides about the size of steps: a damping, and where there is one a radius.
+
+Symbols: lambda damping, Delta radius, rho reduction ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from curvlib.solvers import ConstantDamping, DampingControl, DampingState, RadiusControl, RadiusState
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlState:
+    """What the controls know; a value, with a dictionary form for checkpoints.
+
+    Attributes:
+        damping: the state of the damping.
+        radius: that of the radius, None where there is none.
+    """
+
+    damping: DampingState
+    radius: RadiusState | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both."""
+        return {
+            "damping": self.damping.state_dict(),
+            "radius": None if self.radius is None else self.radius.state_dict(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> ControlState:
+        """Return the state that :meth:`state_dict` described.
+
+        Raises:
+            ValueError: an entry is missing or unknown.
+        """
+        radius = state["radius"]
+        return cls(
+            damping=DampingState.from_state_dict(state["damping"]),
+            radius=None if radius is None else RadiusState.from_state_dict(radius),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepControl:
+    """A damping control alone, or a radius control with a damping that does not follow the ratio.
+
+    Args:
+        damping: lambda of each step; None is 0, where there is a radius.
+        radius: Delta of each step, or None.
+
+    Raises:
+        TypeError: a control is of another kind, or there is none.
+        ValueError: both follow the ratio.
+    """
+
+    damping: DampingControl
+    radius: RadiusControl | None = None
+
+    @classmethod
+    def of(cls, damping: DampingControl | None, radius: RadiusControl | None) -> StepControl:
+        """Return the control that the arguments of an optimizer describe."""
+        if damping is None and radius is None:
+            raise TypeError(
+                "SecondOrderOptimizer needs a control of the step: damping=LevenbergMarquardt(...) or another damping "
+                "control, or radius=TrustRegion(...)."
+            )
+        return cls(damping=ConstantDamping(0.0) if damping is None else damping, radius=radius)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.damping, DampingControl):
+            raise TypeError(
+                f"SecondOrderOptimizer needs damping to be a DampingControl such as ConstantDamping(1e-3), got "
+                f"{self.damping!r}."
+            )
+        if self.radius is None:
+            return
+        if not isinstance(self.radius, RadiusControl):
+            raise TypeError(
+                f"SecondOrderOptimizer needs radius to be a RadiusControl such as TrustRegion(), got {self.radius!r}."
+            )
+        if self.damping.follows_ratio:
+            raise ValueError(
+                f"{self.damping!r} and {self.radius!r} would both answer to the reduction ratio, and each would undo "
+                "what the other has learned: give one of them. A damping that does not follow the ratio, such as "
+                "ConstantDamping or a schedule, goes with a radius."
+            )
+
+    def needs_ratio(self, state: ControlState) -> bool:
+        """Return whether the next update looks at the ratio."""
+        return self.radius is not None or self.damping.needs_ratio(state.damping)
+
+    def start(self, *, gradient_curvature: float | None = None) -> ControlState:
+        """Return the state before the first step; the argument is that of :meth:`DampingControl.start`."""
+        return ControlState(
+            damping=self.damping.start(gradient_curvature=gradient_curvature),
+            radius=None if self.radius is None else self.radius.start(),
+        )
+
+    def accept(self, ratio: float | None) -> bool:
+        """Return whether a step of this ratio stays."""
+        if self.radius is None:
+            return self.damping.accept(ratio)
+        return ratio is not None and self.radius.accept(ratio)
+
+    def update(
+        self,
+        state: ControlState,
+        ratio: float | None,
+        *,
+        mean_curvature: float | None,
+        on_boundary: bool,
+        step_length: float | None,
+    ) -> ControlState:
+        """Return the state after a step; arguments as in the controls' own methods.
+
+        A step that the radius rejects does not move the damping, which has no part in that.
+        """
+        if self.radius is None or state.radius is None or ratio is None:
+            return ControlState(damping=self.damping.update(state.damping, ratio, mean_curvature=mean_curvature))
+        radius = self.radius.update(state.radius, ratio, on_boundary=on_boundary, step_length=step_length)
+        damping = state.damping
+        if self.radius.accept(ratio):
+            damping = self.damping.update(damping, ratio, mean_curvature=mean_curvature)
+        return ControlState(damping=damping, radius=radius)

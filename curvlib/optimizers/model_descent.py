@@ -1,0 +1,139 @@
+"""The direction that minimises a quadratic model, in a ball where the control is one of the radius.
+
+Symbols: g gradient, C curvature operator, lambda damping, Delta the radius, d (D,) the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from curvlib.approximations import Approximation, MovingAverage, StatisticalApproximation
+from curvlib.objective import Objective
+from curvlib.operators import LinearOperator
+from curvlib.optimizers.proposal import (
+    Direction,
+    DirectionState,
+    Proposal,
+    check_approximation,
+    refuse_parts_of_sums,
+    take_statistics,
+)
+from curvlib.optimizers.situation import Situation, check_fraction
+from curvlib.solvers import Descent, SolveError, Status, Steihaug, Subproblem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescent(Direction):
+    r"""The step that a descent finds for the quadratic model of any curvature.
+
+    .. math:: \min_d \; g^T d + \tfrac12 d^T (C + \lambda I) d \quad \text{subject to} \quad |d| \le \Delta
+
+    The radius is that of ``radius=TrustRegion(...)`` in the optimizer; with ``DampedNewton()`` there is none, and the
+    control is one of the damping.
+
+    Args:
+        curvature: any approximation, estimated anew at each step; ``Exact(Hessian())`` and ``Dense(Hessian())`` for
+            Newton's method.
+        descent: ``Steihaug()``, ``Dogleg()``, ``MoreSorensen()``, ``TwoDimensionalSubspace()`` or ``DampedNewton()``.
+        fraction: part of the batch that the curvature is made of.
+        decay: of the moving average of a curvature's statistics over steps; 0 takes those of the step alone.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: the fraction or the decay is out of range, or the curvature may be indefinite and the descent cannot
+            do with that.
+    """
+
+    curvature: Approximation
+    descent: Descent = field(default_factory=Steihaug)
+    fraction: float = 1.0
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_approximation("ModelDescent", "curvature", self.curvature)
+        if not isinstance(self.descent, Descent):
+            raise TypeError(f"ModelDescent needs descent to be a Descent such as Steihaug(), got {self.descent!r}.")
+        check_fraction("ModelDescent", "fraction", self.fraction)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ModelDescent needs 0 <= decay < 1, got {self.decay!r}.")
+        if self.decay > 0 and not isinstance(self.curvature, StatisticalApproximation):
+            raise ValueError(
+                f"ModelDescent(decay={self.decay}) needs a curvature with statistics that average, and "
+                f"{self.curvature!r} has none: use decay=0."
+            )
+        if self.descent.needs_definite and self.curvature.may_be_indefinite:
+            raise ValueError(
+                f"{type(self.descent).__name__} needs a positive definite C + damping I, and {self.curvature!r} may be "
+                "indefinite: use Steihaug, MoreSorensen or TwoDimensionalSubspace, or a curvature of GGN() or Fisher()."
+            )
+
+    @property
+    def has_radius(self) -> bool:
+        """Whether the descent keeps to a radius."""
+        return self.descent.has_radius
+
+    def start(self, objective: Objective) -> DirectionState:
+        """Return the state before the first step."""
+        refuse_parts_of_sums("ModelDescent", self.fraction, objective)
+        self.curvature.check(objective)
+        return _ModelDescentState(self)
+
+
+class _ModelDescentState(DirectionState):
+    """The average of the statistics, where the curvature has some."""
+
+    def __init__(self, config: ModelDescent) -> None:
+        self._config = config
+        curvature = config.curvature
+        self._average = (
+            MovingAverage(curvature, config.decay) if isinstance(curvature, StatisticalApproximation) else None
+        )
+        self._before: dict[str, Any] | None = None  # of the average, until the last proposal is judged
+
+    def propose(self, situation: Situation) -> Proposal:
+        operator = self._operator(situation)
+        answer = self._config.descent.solve(
+            Subproblem(
+                operator=operator,
+                gradient=situation.gradient,
+                radius=situation.radius,
+                damping=situation.damping,
+            )
+        )
+        if answer.status is Status.NOT_FINITE:
+            raise SolveError(
+                f"{type(self._config.descent).__name__} met products of {operator!r} that are not finite: look for "
+                "overflow in the model, or use a smaller radius or more damping."
+            )
+        return Proposal(
+            step=answer.step,
+            operator=operator,
+            mean_curvature=None if self._average is None else float(operator.trace()) / operator.size,
+            iterations=answer.iterations,
+            on_boundary=answer.on_boundary,
+            prediction=answer.prediction,
+        )
+
+    def _operator(self, situation: Situation) -> LinearOperator:
+        if self._average is None:
+            evaluation = situation.part(self._config.fraction, linearize=True)
+            return self._config.curvature.estimate(evaluation, situation.generator)
+        self._before = self._average.state_dict()
+        take_statistics(self._average, situation, self._config.fraction)
+        return self._average.operator(situation.objective)
+
+    def accepted(self) -> None:
+        self._before = None
+
+    def rejected(self) -> None:
+        if self._average is not None and self._before is not None:
+            self._average.load_state_dict(self._before)
+            self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._average is None else {"average": self._average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])

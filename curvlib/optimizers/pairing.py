@@ -1,0 +1,38 @@
+"""Which directions, step rules and controls go together, said before the first step."""
+
+from __future__ import annotations
+
+from curvlib.optimizers.control import StepControl
+from curvlib.optimizers.proposal import Direction
+from curvlib.optimizers.step_rules import StepRule
+
+
+def check_pairing(direction: Direction, step_rule: StepRule, control: StepControl) -> None:
+    """Refuse parts of an optimizer that make no sense together.
+
+    Raises:
+        TypeError: a part is of another kind.
+        ValueError: the parts do not go together; the reason.
+    """
+    if not isinstance(direction, Direction):
+        raise TypeError(f"SecondOrderOptimizer needs direction to be a Direction, got {direction!r}.")
+    if not isinstance(step_rule, StepRule):
+        raise TypeError(f"SecondOrderOptimizer needs step_rule to be a StepRule, got {step_rule!r}.")
+    if not direction.has_radius:
+        if control.radius is not None:
+            raise ValueError(
+                f"{control.radius!r} would control nothing: the steps of {direction.description()} have no radius. Use "
+                "ModelDescent with Steihaug, Dogleg, MoreSorensen or TwoDimensionalSubspace, or a damping control such "
+                "as LevenbergMarquardt."
+            )
+        return
+    if control.radius is None:
+        raise ValueError(
+            f"{direction.description()} needs a radius, which {control.damping!r} does not give: use "
+            "radius=TrustRegion(), or ModelDescent with DampedNewton for a damping alone."
+        )
+    reason = step_rule.against_radius()
+    if reason is not None:
+        raise ValueError(
+            f"{step_rule!r} does not go with a radius: {reason}. Use FixedLength() with {direction.description()}."
+        )

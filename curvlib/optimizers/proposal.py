@@ -1,0 +1,150 @@
+"""What a direction is: a frozen configuration, the state of one optimizer, and the step that it proposes.
+
+Symbols: g gradient, C curvature operator, lambda damping, Delta proposal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlib.approximations import Approximation, MovingAverage
+from curvlib.objective import Objective
+from curvlib.operators import LinearOperator
+from curvlib.optimizers.situation import Situation
+from curvlib.solvers import Prediction
+
+# Solver = anything that turns (C, lambda) into an operator close to (C + lambda I)^-1.
+Solver = Callable[[LinearOperator, float], LinearOperator]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proposal:
+    """A proposed step and what is known about it.
+
+    Attributes:
+        step: Delta (D,).
+        operator: the curvature that it was made with, without the damping.
+        regularizer: R, where the damping is lambda (I + R); None for lambda I.
+        candidates: earlier iterates of the solver, first to last, for backtracking.
+        mean_curvature: trace(C) / D, or an unbiased estimate.
+        iterations: of the solver, 0 for direct ones.
+        on_boundary: whether the step was stopped by the radius.
+        prediction: M(Delta) - M(0), where the solver knows it.
+    """
+
+    step: Float[Tensor, " D"]
+    operator: LinearOperator
+    regularizer: LinearOperator | None = None
+    candidates: tuple[Float[Tensor, " D"], ...] = ()
+    mean_curvature: float | None = None
+    iterations: int = 0
+    on_boundary: bool = False
+    prediction: Prediction | None = None
+
+
+class DirectionState(ABC):
+    """The running state of a direction in one optimizer.
+
+    Attributes:
+        description: of the configuration that it was started from.
+    """
+
+    description: str = ""
+
+    @abstractmethod
+    def propose(self, situation: Situation) -> Proposal:
+        """Return a step for the situation, and update the state."""
+
+    @abstractmethod
+    def rejected(self) -> None:
+        """Restore bit for bit what was before the last proposal, which was not taken; warm starts may be forgotten."""
+
+    def accepted(self) -> None:  # noqa: B027 - most states keep nothing for a rejection
+        """Learn that the last proposal was taken: nothing will have to be restored."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next proposal depends on."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+
+
+class Direction(ABC):
+    """A frozen configuration of a way to propose steps."""
+
+    @property
+    def has_radius(self) -> bool:
+        """Whether its steps keep to the radius of the situation, and need one. Default: they do not."""
+        return False
+
+    @abstractmethod
+    def start(self, objective: Objective) -> DirectionState:
+        """Return the state before the first step.
+
+        Raises:
+            UnsupportedLayerError: the curvature cannot treat the model; named before any computation.
+        """
+
+    def description(self) -> str:
+        """Return the configuration in words, the same in every process: checkpoints of another one are refused."""
+        return _entries_in_words(self)
+
+
+def _entries_in_words(value: object) -> str:
+    entries = {entry.name: getattr(value, entry.name) for entry in fields(value)} if is_dataclass(value) else {}
+    return f"{type(value).__name__}({', '.join(f'{name}={_in_words(entry)}' for name, entry in entries.items())})"
+
+
+def _in_words(value: object) -> str:
+    """Return repr, or the names and entries of what has a repr that differs from process to process."""
+    text = repr(value)
+    if " at 0x" not in text:
+        return text
+    if is_dataclass(value):
+        return _entries_in_words(value)
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def check_approximation(owner: str, name: str, value: object) -> None:
+    """Raise TypeError unless the value is an approximation."""
+    if not isinstance(value, Approximation):
+        raise TypeError(f"{owner} needs {name} to be an approximation such as KFAC(Fisher()), got {value!r}.")
+
+
+def refuse_parts_of_sums(owner: str, fraction: float, objective: Objective) -> None:
+    """Raise ValueError for a part of the batch and a loss that is a sum."""
+    if fraction < 1 and objective.loss.additive:
+        raise ValueError(
+            f"{owner} cannot take curvature from a part of the batch (fraction={fraction}) for a loss with "
+            "reduction='sum', whose scale depends on the number of examples: use reduction='mean', or the fraction 1 "
+            "(in the presets statistics_fraction, model_fraction and curvature_fraction)."
+        )
+
+
+def probed_mean_curvature(operator: LinearOperator, generator: torch.Generator) -> float:
+    """Return an unbiased estimate of trace(C) / D from one vector of random signs (Hutchinson)."""
+    signs = torch.randint(0, 2, (operator.size, 1), generator=generator, device=generator.device).to(
+        operator.device, operator.dtype
+    )
+    return float(operator.quadratic_form(2 * signs - 1)) / operator.size
+
+
+def take_statistics(average: MovingAverage, situation: Situation, fraction: float) -> None:
+    """Let the average take in the statistics of a part of the batch; warn where they are not finite and left out."""
+    evaluation = situation.part(fraction, linearize=False)
+    if not average.update(evaluation, situation.generator):
+        warnings.warn(
+            f"the statistics of a batch were not finite and were left out ({average.skipped} so far)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
