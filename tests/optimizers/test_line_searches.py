@@ -104,6 +104,15 @@ def test_a_slope_that_is_still_steep_makes_the_step_longer():
     assert shortened.accepted
 
 
+def test_the_ratio_is_that_of_the_whole_step_and_the_change_that_of_the_one_taken():
+    objective, batch = linear_regression()
+    damping = LevenbergMarquardt(initial=1e-6, interval=1)
+    result = searching(objective, factor=0.05, rule=StrongWolfe(flatness=0.1), damping=damping).step(batch)
+    assert result.learning_rate > 10
+    assert result.ratio == pytest.approx(1.0, abs=1e-5)  # of an exact model, whose damping is 1e-6
+    assert result.actual < 5 * result.predicted < 0
+
+
 def test_tighter_flatness_gives_a_lower_value_along_the_line():
     values = [
         searching(small_network()[0], factor=20.0, rule=StrongWolfe(flatness=flatness)).step(small_network()[1]).actual
