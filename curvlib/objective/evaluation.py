@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape, UnsupportedLayerError
+from curvlib.extensions import Layer, LayerFactors, LayerPlan, Tape
 from curvlib.objective.elsewhere import BACKWARD, FORWARD, Elsewhere
 from curvlib.objective.errors import (
     FusedKernelError,
@@ -24,6 +24,7 @@ from curvlib.objective.errors import (
 )
 from curvlib.objective.forward import ForwardPass, tensors_of
 from curvlib.objective.freshness import Freshness
+from curvlib.objective.independence import examples_are_independent, fixed_vector
 from curvlib.operators import full_precision
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ class Evaluation:
         """
         if self._padded is None:
             return {}
-        flat = _fixed_vector(self._outputs.numel(), self._outputs)
+        flat = fixed_vector(self._outputs.numel(), self._outputs)
         with full_precision(self.layout.device):
             vector = self.objective.loss.linearize(self._outputs, self.targets)(flat.view_as(self._outputs))
         found: dict[str, Tensor] = {}
@@ -296,33 +297,15 @@ class Evaluation:
         return self._forward.same_precision()
 
     def check_examples_are_independent(self) -> None:
-        """Refuse a model in which examples meet: their layer factors would mix, and every layer statistic be wrong.
-
-        A vector that is not zero for one example alone must give output gradients that are zero for all others, in
-        every layer: tried for the first and for the last, since one may see only what comes before it or after it. Two
-        backward passes, made once for an objective and the training mode of its modules.
+        """Refuse a model in which examples meet, see :mod:`.independence`. Made once for an objective and its mode.
 
         Raises:
             UnsupportedLayerError: a layer's output gradients are not zero for the other examples; its name.
         """
         if self.examples == 1 or not self.objective.is_due("independence of examples"):
             return
-        if not bool(self._outputs.isfinite().all()):
-            return  # NaN shows nothing; the check stays due
-        work, reached = self.work, True
-        for example in (0, self.examples - 1):
-            vector = torch.zeros_like(self._outputs)
-            vector[example] = _fixed_vector(vector[0].numel(), vector).view_as(vector[0])
-            for factors in self.layer_factors(vector):
-                if factors.touches_others(example):
-                    raise UnsupportedLayerError(
-                        f"the examples of a batch meet in the model: outputs of one depend on other rows of layer "
-                        f"{factors.layer.name!r}. Layer statistics need independent examples, first in every tensor: "
-                        "use model.eval() for batch normalisation, keep (N, ...) everywhere, or use Exact."
-                    )
-                reached = reached and factors.touches(example)
-        # A layer that not even its own example reaches, behind a head that starts at zero, has shown nothing yet.
-        if reached:
+        work = self.work
+        if examples_are_independent(self):
             self.objective.passed("independence of examples")
         self.work = work
 
@@ -334,7 +317,7 @@ class Evaluation:
         """
         u, transposed = self._transposed
         if self.objective.is_due("linearization"):
-            work, v = self.work, _fixed_vector(self.layout.size, transposed)
+            work, v = self.work, fixed_vector(self.layout.size, transposed)
             jv = self._differentiate(transposed, [u], v)[0].to(self._outputs.dtype)
             square = jv.square().sum()
             difference = (v @ self._vjp(jv) - square).abs()
@@ -399,9 +382,3 @@ class Evaluation:
             raise LinearizationError(
                 f"exact products need a backward pass that can be differentiated, but: {error}"
             ) from error
-
-
-def _fixed_vector(size: int, like: Tensor) -> Tensor:
-    """Return a vector (size,) of normal numbers, always the same; the caller's random generators are not touched."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    return torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)

@@ -78,7 +78,10 @@ class PreconditionedGradient(Direction):
         """Return the state before the first step."""
         refuse_parts_of_sums("PreconditionedGradient", self.fraction, objective)
         self.curvature.check(objective)
-        average, solver = running_average(self.curvature, self.decay**self.statistics_every), bound(self.solver, objective)
+        average, solver = (
+            running_average(self.curvature, self.decay**self.statistics_every),
+            bound(self.solver, objective),
+        )
         return _FreshState(self, solver) if average is None else _AmortisedState(self, average, solver)
 
 

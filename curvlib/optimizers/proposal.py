@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.approximations import Approximation, MovingAverage
+from curvlib.approximations import Approximation, RunningAverage
 from curvlib.objective import Objective
 from curvlib.operators import LinearOperator
 from curvlib.optimizers.situation import Situation
@@ -139,7 +139,7 @@ def probed_mean_curvature(operator: LinearOperator, generator: torch.Generator) 
     return float(operator.quadratic_form(2 * signs - 1)) / operator.size
 
 
-def take_statistics(average: MovingAverage, situation: Situation, fraction: float) -> None:
+def take_statistics(average: RunningAverage, situation: Situation, fraction: float) -> None:
     """Let the average take in the statistics of a part of the batch; warn where they are not finite and left out."""
     evaluation = situation.part(fraction, linearize=False)
     if not average.update(evaluation, situation.generator):
