@@ -37,6 +37,8 @@ UNSTRUCTURED = {
     "scaled_matrix_free",
     "sum_of_kronecker_and_diagonal",
     "sum_of_low_rank_and_identity",
+    "sum_of_block_diagonals",  # of a Kronecker product and a diagonal inside
+    "sum_of_block_diagonals_that_do_not_fit",
     "block_diagonal",
     "matrix_free",
     "matrix_free_with_form",
