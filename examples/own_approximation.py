@@ -8,18 +8,8 @@ import torch
 from torch import nn
 
 from curvlib import GGN, Objective
+from curvlib import experiments as lab
 from curvlib.approximations import Exact, LayerwiseApproximation, Statistics, layer_key
-from curvlib.experiments import (
-    APPROXIMATIONS,
-    PROBLEMS,
-    Comparison,
-    CurvatureChoice,
-    ResultsFolder,
-    Steps,
-    compare,
-    configure,
-    prepare_folder,
-)
 from curvlib.operators import Diagonal, Kronecker
 from curvlib.solvers import CG, MINRES, FactoredTikhonov, damped_inverse, eigendecompose
 
@@ -69,13 +59,15 @@ if __name__ == "__main__":
         change = float(evaluation.value_at(objective.parameter_vector() + step) - evaluation.value)
         print(f"{name:24}{change:8.4f}")
 
-    APPROXIMATIONS.register("diagonal-factors", DiagonalFactors)  # from here on `curvlib compare` knows the name
-    problem = PROBLEMS.get("digits-classifier")
-    method = configure("kfac", problem, {}).with_curvature(CurvatureChoice(approximation="diagonal-factors"))
-    comparison = Comparison(problem=problem, methods=(method, configure("sgd", problem, {})), budget=Steps(40))
+    lab.APPROXIMATIONS.register("diagonal-factors", DiagonalFactors)  # from here on `curvlib compare` knows the name
+    problem = lab.PROBLEMS.get("digits-classifier")
+    method = lab.configure("kfac", problem, {}).with_curvature(lab.CurvatureChoice(approximation="diagonal-factors"))
+    comparison = lab.Comparison(
+        problem=problem, methods=(method, lab.configure("sgd", problem, {})), budget=lab.Steps(40)
+    )
     with tempfile.TemporaryDirectory() as name:
-        folder = ResultsFolder(Path(name) / "results")
-        prepare_folder(comparison, folder)
-        for record in compare(comparison, problem.load(), folder).records:
+        folder = lab.ResultsFolder(Path(name) / "results")
+        lab.prepare_folder(comparison, folder)
+        for record in lab.compare(comparison, problem.load(), folder).records:
             if record.step == 40:
                 print(f"{record.method:24}{record.loss:8.4f} training loss after 40 steps")

@@ -131,5 +131,5 @@ def tensors_of(value: Any) -> list[Tensor]:
 def _arguments(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    # a named tuple, such as a packed sequence, is one argument
-    return (inputs if isinstance(inputs, tuple) and not hasattr(inputs, "_fields") else (inputs,)), {}
+    # a packed sequence is a tuple as well
+    return (inputs if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence) else (inputs,)), {}

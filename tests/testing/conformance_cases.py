@@ -26,8 +26,18 @@ from curvlib.approximations import (
     StructuralDamping,
     TridiagonalKFAC,
 )
+from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import Kronecker
-from curvlib.solvers import CG, MINRES, FactoredTikhonov, RaiseAtLimit, ResidualTest, damped_inverse
+from curvlib.solvers import (
+    CG,
+    MINRES,
+    BlockwiseDamping,
+    DeterminismCheck,
+    FactoredTikhonov,
+    RaiseAtLimit,
+    ResidualTest,
+    damped_inverse,
+)
 from curvlib.testing import (
     EVERYWHERE,
     ON_BLOCKS,
@@ -150,7 +160,21 @@ def factored(C, damping):
     return torch.kron(G, A)
 
 
+FACTORS = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+
+
+def of_size_three(d):
+    B = d.normal(3, 3)
+    return DenseOperator(B @ B.T)
+
+
+def by_coordinate(C, damping):
+    return torch.linalg.inv(C.to_dense() + damping * torch.diag(FACTORS))
+
+
 SOLVERS = (
+    Case(DeterminismCheck()),
+    Case(BlockwiseDamping(factors=FACTORS), {"operators": draws().map(of_size_three), "inverse": by_coordinate}),
     Case(damped_inverse),
     Case(FactoredTikhonov()),
     Case(FactoredTikhonov(), {"operators": kronecker_factors().map(Kronecker), "inverse": factored}, "of two factors"),
