@@ -1,5 +1,6 @@
-"""Models with recurrent layers for tests."""
+"""Models with recurrent layers, padded data for them, and the blocks of their layers."""
 
+import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -29,3 +30,19 @@ class Unpacked(nn.Module):
         packed = pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=False)
         out, state = self.layer(packed)
         return pad_packed_sequence(out, batch_first=True)[0], state
+
+
+def data(lengths, features=2, classes=3, seed=0):
+    """Padded inputs, whose padding is large, and labels that are ignored there."""
+    generator = torch.Generator().manual_seed(seed)
+    N, T = len(lengths), max(lengths)
+    x = torch.randn(N, T, features, generator=generator, dtype=torch.float64)
+    y = torch.randint(classes, (N, T), generator=generator)
+    padded = torch.arange(T) >= torch.tensor(lengths).unsqueeze(1)
+    return x.masked_fill(padded.unsqueeze(2), 7.0), y.masked_fill(padded, -100)
+
+
+def blocks(objective, batches, approximation):
+    """The dense block of each layer over all batches."""
+    C = approximation.estimate_over(objective, batches, progress=False)
+    return {layer.name: C.to_dense()[layer.coordinates][:, layer.coordinates] for layer in objective.plan.layers}
