@@ -328,6 +328,27 @@ def test_a_cells_output_modified_in_place_is_made_again():
         torch.testing.assert_close(blocks[rows][:, rows], dense[rows][:, rows], **CLOSE)
 
 
+class Once(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.cell, self.in_place = nn.RNNCell(2, 3), in_place
+
+    def forward(self, x):
+        h = self.cell(x)
+        return h.add_(1.0) if self.in_place else h + 1.0
+
+
+def test_a_plain_cells_output_modified_in_place_is_made_again():
+    """PyTorch's own gradient refuses this model, but statistics stop at the output and would be of the wrong one."""
+    x, y = torch.randn(4, 2).double(), torch.randn(4, 3).double()
+    blocks = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        objective = Objective(Once(in_place).double(), nn.MSELoss())
+        blocks.append(BlockDiagonal(GGN()).estimate(objective.at((x, y), linearize=False)).to_dense())
+    torch.testing.assert_close(*blocks, **CLOSE)
+
+
 class OfPacked(nn.Module):
     def __init__(self):
         super().__init__()
