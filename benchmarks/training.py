@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from operator import attrgetter
@@ -26,11 +27,12 @@ from benchmarks.training_to_target import (
     Setting,
     Training,
     TrainingLoss,
+    assignment,
     method_of,
     settings_of,
     train_all,
 )
-from curvlib.experiments import PROBLEMS, ExperimentError
+from curvlib.experiments import PROBLEMS, ExperimentError, Seconds, Steps
 
 Measure = Callable[[Training], float]
 # What it took to reach the target.
@@ -40,17 +42,22 @@ MEASURES: Mapping[str, Measure] = {"steps": attrgetter("steps"), "seconds": attr
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--data", type=click.Path(path_type=Path), envvar="CURVLIB_DATA", help="Folder of the data files.")
 @click.option("--problem", default="mnist-convnet", help="One of the problems of `curvlib problems`.")
+@click.option("--set", "assignments", multiple=True, metavar="OPTION=VALUE", help="Of the problem. Repeatable.")
 @click.option(
     "--methods",
     multiple=True,
     default=("kfac", "sgd", "adam"),
-    help="A method of `curvlib methods`, or one with another curvature: kfac:diagonal. Repeatable.",
+    help="A method of `curvlib methods`; with another curvature: kfac:diagonal; with options that are not searched: "
+    "sgd,batch_size=50,momentum=0.95. Repeatable.",
 )
 @click.option("--batch-sizes", multiple=True, type=click.IntRange(min=1), default=(250, 1000), help="Repeatable.")
 @click.option("--target", type=click.FloatRange(0, 1, min_open=True), default=0.985, help="Test accuracy to reach.")
 @click.option("--training-loss", type=float, help="Loss on 5,000 training examples to reach, in place of an accuracy.")
 @click.option("--max-steps", type=click.IntRange(min=1), default=1000, help="Steps of one training at most.")
 @click.option("--every", type=click.IntRange(min=1), default=10, help="Steps between two evaluations.")
+@click.option("--max-seconds", type=float, help="Seconds of one training at most, in place of --max-steps.")
+@click.option("--every-seconds", type=float, help="Seconds between two evaluations, in place of --every.")
+@click.option("--processor-time", is_flag=True, help="Count seconds of processor time, on a machine that others use.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Trainings with each setting.")
 @click.option(
     "--threads", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1, help="CPU threads.  [default: all]"
@@ -67,9 +74,15 @@ def main(
     data: Path | None,
     problem: str,
     methods: tuple[str, ...],
+    assignments: tuple[str, ...],
     batch_sizes: tuple[int, ...],
     target: float,
     training_loss: float | None,
+    max_steps: int,
+    max_seconds: float | None,
+    every: int,
+    every_seconds: float | None,
+    processor_time: bool,
     output: Path,
     **options: Any,
 ) -> None:
@@ -82,7 +95,14 @@ def main(
     trainings: list[Training] = []
     try:
         goal = Accuracy(at_least=target) if training_loss is None else TrainingLoss(at_most=training_loss)
-        plan = Plan(problem=PROBLEMS.get(problem), goal=goal, **options)
+        plan = Plan(
+            problem=PROBLEMS.get(problem).with_options(dict(map(assignment, assignments))),
+            goal=goal,
+            budget=Steps(max_steps) if max_seconds is None else Seconds(max_seconds),
+            every=Steps(every) if every_seconds is None else Seconds(every_seconds),
+            timer=time.process_time if processor_time else time.perf_counter,
+            **options,
+        )
         settings = settings_of(methods, batch_sizes)
         for setting in settings:
             method_of(setting, plan.problem)
@@ -104,7 +124,7 @@ def main(
 def write(folder: Path, plan: Plan, trainings: Sequence[Training]) -> None:
     """Write both files; called after every training, so that an interrupted run keeps what it has."""
     values = {
-        "environment": machine(plan.device, plan.threads),
+        "environment": _environment(plan),
         "plan": plan.to_json(),
         "trainings": [training.to_json() for training in trainings],
     }
@@ -120,8 +140,8 @@ def markdown(plan: Plan, trainings: Sequence[Training]) -> str:
     groups: dict[Setting, list[Training]] = {}
     for training in trainings:
         groups.setdefault(training.setting, []).append(training)
-    facts = ", ".join(f"{name} {value}" for name, value in machine(plan.device, plan.threads).items())
-    network, looks = plan.problem.network, f"looked at every {plan.every} steps until step {plan.max_steps}"
+    facts = ", ".join(f"{name} {value}" for name, value in _environment(plan).items())
+    network, looks = plan.problem.network, f"looked at every {plan.every} for {plan.budget} at most"
     parts = [
         f"{facts}.",
         f"{plan.problem.name}: {network}, {network.parameters:,} parameters; target: {plan.goal}, {looks}.",
@@ -129,6 +149,10 @@ def markdown(plan: Plan, trainings: Sequence[Training]) -> str:
         _all_settings(groups, plan.goal),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _environment(plan: Plan) -> dict[str, Any]:
+    return {**machine(plan.device, plan.threads), "clock": plan.timer.__name__}
 
 
 def _best_settings(name: str, measure: Measure, groups: Mapping[Setting, Sequence[Training]], goal: Goal) -> str:

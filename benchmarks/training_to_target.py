@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from curvlib.experiments import (
+    Budget,
     Comparison,
     CurvatureChoice,
     EvaluationSchedule,
@@ -23,9 +25,9 @@ from curvlib.experiments import (
     Problem,
     Record,
     Status,
-    Steps,
     configure,
 )
+from curvlib.experiments.budgets import Progress
 from curvlib.experiments.problems import LoadedProblem
 from curvlib.experiments.run import Run
 from curvlib.experiments.workload import Workload, warm_up, workload_of
@@ -143,11 +145,12 @@ class Plan:
     Args:
         problem: to be trained.
         goal: what ends a training.
-        max_steps: steps that end it as well.
-        every: steps from one evaluation to the next.
+        budget: what ends it as well.
+        every: what is spent from one evaluation to the next, at least one step.
         seeds: trainings with each setting.
         device: where to train.
         threads: CPU threads.
+        timer: the clock of all seconds.
 
     Raises:
         ExperimentError: the problem has no such goal.
@@ -155,11 +158,12 @@ class Plan:
 
     problem: Problem
     goal: Goal
-    max_steps: int
-    every: int
+    budget: Budget
+    every: Budget
     seeds: int
     device: str
     threads: int
+    timer: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         self.goal.check(self.problem)
@@ -167,12 +171,18 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "goal": str(self.goal), "problem": self.problem.identity()}
+        texts = {name: str(values[name]) for name in ("goal", "budget", "every")}
+        return {**values, **texts, "problem": self.problem.identity(), "timer": self.timer.__name__}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A method with the options that are searched, as (name, value); "kfac:diagonal" is kfac with another curvature."""
+    """A method as it was asked for, and a point of its grid.
+
+    Attributes:
+        method: its name; "kfac:diagonal" is kfac with another curvature, "sgd,batch_size=50" has an option fixed.
+        options: those that are fixed or searched, as (name, value).
+    """
 
     method: str
     options: tuple[tuple[str, str], ...]
@@ -227,15 +237,35 @@ class Training:
 
 
 def settings_of(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[Setting]:
-    """Return every batch size with every point of the grid of every method."""
+    """Return every batch size with every point of the grid of every method; what a method fixes is not searched.
+
+    Raises:
+        ExperimentError: an option that a method fixes has no value.
+    """
     settings = []
     for method in methods:
-        name = method.partition(":")[0]
-        axes: dict[str, Sequence[float]] = {"batch_size": batch_sizes, **GRIDS.get(name, {})}
-        for point in itertools.product(*axes.values()):
-            options = zip(axes, (f"{value:g}" for value in point), strict=True)
-            settings.append(Setting(method=method, options=tuple(options)))
+        name, *assignments = method.split(",")
+        fixed = dict(map(assignment, assignments))
+        axes: dict[str, Sequence[float]] = {"batch_size": batch_sizes, **GRIDS.get(name.partition(":")[0], {})}
+        searched = {option: [f"{value:g}" for value in values] for option, values in axes.items()}
+        points = {**searched, **{option: [text] for option, text in fixed.items()}}
+        settings += [
+            Setting(method=method, options=tuple(zip(points, point, strict=True)))
+            for point in itertools.product(*points.values())
+        ]
     return settings
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """Return name and value of an option.
+
+    Raises:
+        ExperimentError: one of them is missing.
+    """
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise ExperimentError(f"An option needs NAME=VALUE, such as batch_size=50, got {text!r}.")
+    return name, value
 
 
 def method_of(setting: Setting, problem: Problem) -> Method:
@@ -244,7 +274,7 @@ def method_of(setting: Setting, problem: Problem) -> Method:
     Raises:
         ExperimentError: an unknown method, option or curvature.
     """
-    name, _, curvature = setting.method.partition(":")
+    name, _, curvature = setting.method.partition(",")[0].partition(":")
     method = configure(name, problem, dict(setting.options))
     return method.with_curvature(CurvatureChoice(approximation=curvature)) if curvature else method
 
@@ -262,7 +292,7 @@ def train_all(plan: Plan, loaded: LoadedProblem, settings: Sequence[Setting]) ->
 
 
 def train(plan: Plan, loaded: LoadedProblem, setting: Setting, seed: int, show: Callable[[str], None]) -> Training:
-    """Train until the target is reached, the steps are spent, or the method cannot go on.
+    """Train until the target is reached, the budget is spent, or the method cannot go on.
 
     Args:
         plan: what to train, and how long.
@@ -292,16 +322,21 @@ def train(plan: Plan, loaded: LoadedProblem, setting: Setting, seed: int, show: 
     )
 
 
-def _advance(run: Run, steps: int) -> None:
-    end = run.step + steps
-    run.train_to_next_evaluation(lambda _: None, lambda: run.step >= end)
+def _advance(run: Run, every: Budget) -> None:
+    start = run.progress
+
+    def enough() -> bool:
+        now = run.progress
+        return every.fraction(Progress(step=now.step - start.step, seconds=now.seconds - start.seconds)) >= 1.0
+
+    run.train_to_next_evaluation(lambda _: None, enough)
 
 
 def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> Workload:
     comparison = Comparison(
         problem=dataclasses.replace(plan.problem, evaluated_examples=len(loaded.test)),
         methods=(method,),
-        budget=Steps(plan.max_steps),
+        budget=plan.budget,
         seed=seed,
         data=loaded.fingerprint,
         device=torch.device(plan.device),
@@ -311,4 +346,4 @@ def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> W
     workload = workload_of(comparison, loaded)
     warm_up(workload)
     some = torch.arange(min(plan.goal.training_examples, len(loaded.train)), device=plan.device)
-    return dataclasses.replace(workload, evaluated_train=workload.train[some])
+    return dataclasses.replace(workload, evaluated_train=workload.train[some], timer=plan.timer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,22 +15,25 @@ class TrainingClock:
     Args:
         device: whose queued work belongs to the time.
         seconds: where to go on from.
+        timer: what is read, elapsed time or processor time.
     """
 
-    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
-        self._device, self._seconds = device, seconds
+    def __init__(
+        self, device: torch.device, seconds: float = 0.0, timer: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._device, self._seconds, self._timer = device, seconds, timer
         self._started: float | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds so far; while running without waiting for the device."""
-        return self._seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
+        return self._seconds + (self._timer() - self._started if self._started is not None else 0.0)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the time of the block."""
         self._wait()
-        self._started = time.perf_counter()
+        self._started = self._timer()
         try:
             yield
         finally:

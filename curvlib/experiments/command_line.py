@@ -26,6 +26,7 @@ from curvlib.experiments.report import legend, notes, results_tables
 from curvlib.experiments.results_folder import ResultsFolder
 from curvlib.experiments.runner import compare
 from curvlib.experiments.terminal import console_of_command, device_named
+from curvlib.experiments.workload import check_methods
 
 _DEFAULT_METHODS = ("kfac", "hessian-free", "sgd", "adam", "lbfgs")
 _BUDGETS: Mapping[str, Callable[[Any], Budget]] = {"seconds": Seconds, "steps": Steps, "epochs": Epochs}
@@ -113,6 +114,7 @@ def compare_methods(
         click.echo(f"Warning: --data {data} is not used: {problem} needs no data files.", err=True)
     loaded = comparison.problem.load(data)
     comparison = dataclasses.replace(comparison, data=loaded.fingerprint)
+    check_methods(comparison, loaded)  # before anything is written
     folder = ResultsFolder(output if output is not None else Path("results") / problem)
     prepare = reopen_folder if resume else replace_folder if overwrite else prepare_folder
     prepare(comparison, folder)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import curvlib
-from curvlib.approximations import Approximation
+from curvlib.approximations import Approximation, StructuralDamping
 from curvlib.experiments.curvatures import Curvature, CurvatureChoice
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.options import Bounds, check_options, option, options_of
@@ -58,6 +58,14 @@ class Method(ABC):
             l2: weight of the regularisation.
             seed: of the method's own randomness.
         """
+
+    def check(self, model: nn.Module, loss: nn.Module) -> None:
+        """Refuse a model that the method cannot train with these settings, before any training.
+
+        Raises:
+            ExperimentError: names the setting.
+        """
+        del model, loss
 
     takes_curvature: ClassVar[bool] = False
 
@@ -200,7 +208,12 @@ class KFACMethod(_SecondOrder):
 
 @dataclass(frozen=True, kw_only=True)
 class HessianFree(_SecondOrder):
-    """Hessian-free optimisation (Martens 2010)."""
+    """Hessian-free optimisation (Martens 2010), with structural damping if asked for (Martens & Sutskever 2011).
+
+    Args:
+        structural_weight: mu of the damping lambda (I + mu S), S the curvature of a change of the hidden states of all
+            recurrent layers; 0 leaves S out.
+    """
 
     name = "hessian-free"
     description = "Hessian-free: conjugate gradients on exact curvature products"
@@ -210,6 +223,24 @@ class HessianFree(_SecondOrder):
     batch_size: int = option(5000, "examples a step", _COUNT)
     damping: float | None = option(None, "first damping; auto: on the curvature's scale", _POSITIVE)
     curvature_fraction: float = option(1.0, "part of the batch for the curvature", _PART)
+    cg_iterations: int = option(250, "conjugate gradients a step at most", _COUNT)
+    structural_weight: float = option(0.0, "of structural damping, for recurrent networks; 0: none", Bounds(at_least=0))
+
+    def check(self, model: nn.Module, loss: nn.Module) -> None:
+        """Refuse structural damping of a model without recurrent layers."""
+        if self._structure is None:
+            return
+        try:
+            self._structure.check(curvlib.Objective(model, loss))
+        except ValueError as error:
+            raise ExperimentError(
+                f"{self.name}.structural_weight={self.structural_weight:g} is for networks with recurrent layers; for "
+                f"this one use 0. {error}"
+            ) from error
+
+    @property
+    def _structure(self) -> StructuralDamping | None:
+        return StructuralDamping() if self.structural_weight > 0 else None
 
     def start(self, model: nn.Module, loss: nn.Module, l2: float, seed: int) -> Trainer:
         """Return the trainer."""
@@ -217,7 +248,11 @@ class HessianFree(_SecondOrder):
             curvlib.Objective(model, loss, l2=l2),
             curvature=self._approximation,
             damping=self.damping,
+            structural_damping=self._structure,
+            # not looked at where there is none, and the preset takes no 0
+            structural_weight=self.structural_weight or 1.0,
             curvature_fraction=self.curvature_fraction,
+            max_iterations=self.cg_iterations,
             seed=seed,
         )
         return SecondOrderTrainer(optimizer)

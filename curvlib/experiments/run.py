@@ -38,7 +38,7 @@ class Run:
         self._model = copy.deepcopy(workload.model)
         self._trainer = method.start(self._model, workload.loss, workload.l2, workload.seed)
         self._order = ExampleOrder(len(workload.train), workload.seed, workload.device)
-        self._clock = TrainingClock(workload.device)
+        self._clock = TrainingClock(workload.device, timer=workload.timer)
         self._batch_size = min(method.batch_size, len(workload.train))
         self._step = self._position = 0
         self._gradients = 0.0
@@ -48,7 +48,7 @@ class Run:
     @property
     def fraction(self) -> float:
         """Part of the budget that is spent."""
-        return self._workload.budget.fraction(self._progress)
+        return self._workload.budget.fraction(self.progress)
 
     def evaluate(self) -> Record:
         """Return loss and metrics at the current parameters."""
@@ -56,7 +56,7 @@ class Run:
         loss, train_metric = self._evaluate(work.evaluated_train)
         _, test_metric = self._evaluate(work.evaluated_test)
         status, note = self._verdict(loss)
-        progress = self._progress
+        progress = self.progress
         return Record(
             method=self._method.name,
             step=progress.step,
@@ -120,7 +120,7 @@ class Run:
         self._model.load_state_dict(state["model"])
         self._trainer.load_state_dict(state["trainer"])
         self._step, self._position, self._gradients = state["step"], state["position"], state["gradients"]
-        self._clock = TrainingClock(self._workload.device, state["seconds"])
+        self._clock = TrainingClock(self._workload.device, state["seconds"], self._workload.timer)
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self._workload.device)
@@ -131,7 +131,8 @@ class Run:
         return self._step
 
     @property
-    def _progress(self) -> Progress:
+    def progress(self) -> Progress:
+        """What has been spent so far."""
         epoch = self._position / len(self._workload.train)
         return Progress(step=self._step, epoch=epoch, seconds=self._clock.seconds)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,7 @@ class Workload:
         schedule: when to evaluate.
         seed: of the data order and of all randomness in training.
         device: where everything is.
+        timer: the clock of a run's seconds.
     """
 
     model: nn.Module
@@ -47,13 +50,14 @@ class Workload:
     schedule: EvaluationSchedule
     seed: int
     device: torch.device
+    timer: Callable[[], float] = time.perf_counter
 
 
 def workload_of(comparison: Comparison, loaded: LoadedProblem) -> Workload:
     """Return the workload of a comparison; this seeds PyTorch's random numbers.
 
     Raises:
-        ExperimentError: the data are not those of the comparison.
+        ExperimentError: the data are not those of the comparison, or a method cannot train its network.
     """
     problem, device = comparison.problem, comparison.device
     if loaded.fingerprint != comparison.data:
@@ -61,11 +65,9 @@ def workload_of(comparison: Comparison, loaded: LoadedProblem) -> Workload:
             f"The data of the comparison are {comparison.data}, those given are {loaded.fingerprint}: "
             "use Comparison(..., data=loaded.fingerprint)."
         )
-    torch.manual_seed(comparison.seed)
-    network = problem.network if loaded.symbols is None else problem.network.for_symbols(loaded.symbols)
-    model = network.build().to(device)
+    model = check_methods(comparison, loaded)
     return Workload(
-        model=model,
+        model=model.to(device),
         loss=loaded.loss.to(device),
         l2=problem.l2,
         metric=problem.task.metric,
@@ -77,6 +79,20 @@ def workload_of(comparison: Comparison, loaded: LoadedProblem) -> Workload:
         seed=comparison.seed,
         device=device,
     )
+
+
+def check_methods(comparison: Comparison, loaded: LoadedProblem) -> nn.Module:
+    """Return the freshly initialised network, on the CPU, which all methods can train; this seeds PyTorch.
+
+    Raises:
+        ExperimentError: a method cannot, with its settings.
+    """
+    torch.manual_seed(comparison.seed)
+    network = comparison.problem.network
+    model = (network if loaded.symbols is None else network.for_symbols(loaded.symbols)).build()
+    for method in comparison.methods:
+        method.check(model, loaded.loss)
+    return model
 
 
 def _subset(examples: Examples, count: int) -> Examples:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from curvlib.approximations import KFAC, Approximation, Exact
 from curvlib.matrices import GGN, Fisher, Hessian
 from curvlib.objective import Objective
@@ -90,6 +92,7 @@ def hessian_free(
     structural_damping: Approximation | None = None,
     structural_weight: float = 1 / 30,
     curvature_fraction: float = 1.0,
+    max_iterations: int = 250,
     seed: int = 0,
 ) -> SecondOrderOptimizer:
     """Return Hessian-free optimisation: truncated conjugate gradients, backtracking, a line search, adaptive damping.
@@ -104,6 +107,7 @@ def hessian_free(
         structural_damping: S of C + lambda (I + mu S), such as ``StructuralDamping()``, or None.
         structural_weight: mu.
         curvature_fraction: part of the batch for the curvature's products.
+        max_iterations: of the conjugate gradients of a step.
         seed: of the optimizer's random generator.
     """
     control = (
@@ -115,6 +119,7 @@ def hessian_free(
         objective,
         direction=TruncatedNewton(
             curvature=curvature if curvature is not None else Exact(GGN()),
+            cg=replace(TruncatedNewton().cg, max_iterations=max_iterations),
             preconditioner=preconditioner,
             fraction=curvature_fraction,
             regularizer=structural_damping,

@@ -1,5 +1,6 @@
 """The training benchmark runs and counts what it should; times are never compared, since machines differ."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -83,8 +84,12 @@ def test_the_best_setting_has_the_lowest_median(report):
         (("--problem", "digits-convnet", "--output", "/proc/nowhere"), "name a folder that can be written"),
         (("--problem", "digits-convnet", "--methods", "adamm"), "did you mean 'adam'"),
         (("--problem", "digits-convnet", "--methods", "kfac:x"), "Unknown curvature approximation 'x'"),
+        (("--problem", "digits-convnet", "--methods", "sgd,lr"), "An option needs NAME=VALUE"),
+        (("--problem", "digits-convnet", "--methods", "sgd,x=1"), "Unknown option sgd.x"),
+        (("--problem", "addition", "--set", "size=1"), "Unknown option problem.size"),
+        (("--problem", "digits-convnet", "--every-seconds", "0"), "seconds must be a finite number above 0"),
     ],
-    ids=["no data", "no classifier", "unwritable folder", "method", "curvature"],
+    ids=["no data", "no classifier", "unwritable folder", "method", "curvature", "no value", "option", "set", "never"],
 )
 def test_bad_options_are_refused_before_any_training(arguments, message):
     done = training(*arguments)
@@ -104,3 +109,23 @@ def test_a_training_loss_is_a_goal_as_well(tmp_path):
     assert only["reached"] == (last <= 40)
     assert only["method"] == "kfac:diagonal"
     assert "a loss of 40 on 5,000 training examples" in done.stdout
+
+
+def test_seconds_can_end_a_training_and_a_method_can_fix_its_options(tmp_path):
+    words = ("--problem", "addition", "--set", "length=6", "--set", "train_sequences=200", "--seeds", 1)
+    fixed = "hessian-free,batch_size=20,curvature_fraction=1,structural_weight=0.5"
+    methods = ("--methods", fixed, "--methods", "sgd,batch_size=10,lr=0.001", "--batch-sizes", 30, "--batch-sizes", 40)
+    limits = ("--max-seconds", 1.5, "--every-seconds", 0.5, "--processor-time", "--target", 1)
+    done = training(*words, *methods, *limits, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "results.json").read_text())
+    structural, sgd = values["trainings"]  # no batch size is searched
+    assert structural["options"] == {"batch_size": "20", "curvature_fraction": "1", "structural_weight": "0.5"}
+    assert sgd["options"] == {"batch_size": "10", "lr": "0.001"}
+    assert values["environment"]["clock"] == "process_time"
+    assert "length=6" in values["plan"]["problem"]["problem.source"]
+    for training_ in values["trainings"]:
+        seconds = [time for _, time, _ in training_["curve"]]
+        assert seconds[-1] >= 1.5 > seconds[-2]
+        assert all(later - earlier >= 0.5 for earlier, later in itertools.pairwise(seconds[:-1]))
+        assert training_["status"] == "finished"

@@ -5,6 +5,8 @@ import torch
 from command_line_calls import call, compare, results
 from torch import nn
 
+from curvlib import Objective
+from curvlib.approximations import StructuralDamping
 from curvlib.experiments import (
     METHODS,
     PROBLEMS,
@@ -26,6 +28,7 @@ from curvlib.experiments import (
 )
 from curvlib.experiments import compare as run_comparison
 from curvlib.experiments.recurrent import orthogonal, remembering, sparse_recurrent
+from curvlib.optimizers import hessian_free
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune.\n" * 12
 SYMBOLS = torch.tensor([[0, 3, 1, 2, 4], [4, 4, 0, 1, 3]])
@@ -176,6 +179,63 @@ def test_methods_without_layer_rules_train_recurrent_networks(tmp_path, problem)
     gains = improvements(tmp_path / "a", problem, "sgd", "adam", "lbfgs", steps=10)
     assert min(gains.values()) > 0.05, gains
     assert improvements(tmp_path / "b", problem, "hessian-free", steps=2)["hessian-free"] > 0.05
+
+
+def test_options_of_hessian_free_change_its_steps(tmp_path):
+    def losses(name, *words):
+        small = ("--problem", "addition", "--method", "hessian-free", *SMALL["addition"], "--steps", 3)
+        outcome = compare(tmp_path / name, *small, "--set", "hessian-free.batch_size=100", *words)
+        assert outcome.exit_code == 0, outcome.output
+        return [record["loss"] for record in results(tmp_path / name)]
+
+    none = ("--set", "hessian-free.structural_weight=0")
+    plain = losses("plain", *none)
+    assert losses("weak", "--set", "hessian-free.structural_weight=0.01") != plain
+    assert losses("strong", "--set", "hessian-free.structural_weight=100")[-1] > plain[-1]
+    assert losses("short", *none, "--set", "hessian-free.cg_iterations=1") != plain
+
+
+def test_structural_damping_is_that_of_the_preset():
+    """The same steps as with the objects themselves, at mu and the limit that were asked for."""
+    problem = PROBLEMS.get("addition").with_options({"length": "4", "units": "5", "train_sequences": "20"})
+    loaded = problem.load()
+    steps = []
+    for mu, limit in ((0.7, 9), (0.7, 2), (0.0, 9)):
+        options = {
+            "structural_weight": str(mu),
+            "cg_iterations": str(limit),
+            "curvature_fraction": "1",
+            "damping": "0.1",
+        }
+        torch.manual_seed(0)
+        model, twin = (problem.network.build() for _ in range(2))
+        twin.load_state_dict(model.state_dict())
+        method = METHODS.get("hessian-free")(**options)
+        trainer = method.start(model, loaded.loss, problem.l2, seed=3)
+        optimizer = hessian_free(
+            Objective(twin, loaded.loss, l2=problem.l2),
+            damping=0.1,
+            structural_damping=StructuralDamping() if mu else None,
+            structural_weight=0.7,
+            max_iterations=limit,
+            seed=3,
+        )
+        for _ in range(2):
+            assert trainer.step(loaded.train.batch).loss == optimizer.step(loaded.train.batch).loss
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.equal(steps[-1], torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    assert not torch.equal(steps[0], steps[1])
+    assert not torch.equal(steps[0], steps[2])
+
+
+def test_structural_damping_without_recurrent_layers_is_refused_before_anything_is_written(tmp_path):
+    words = ("--method", "sgd", "--method", "hessian-free", "--steps", 1, "--set", "hessian-free.structural_weight=0.1")
+    outcome = compare(tmp_path / "out", *words, "--problem", "digits-classifier")
+    assert outcome.exit_code == 2
+    text = " ".join(outcome.output.replace("│", " ").split())
+    assert "hessian-free.structural_weight=0.1 is for networks with recurrent layers; for this one use 0" in text
+    assert "Known: (model) (Sequential), 0 (Linear)" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_kfac_trains_a_recurrent_network(tmp_path):
