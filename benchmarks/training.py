@@ -47,8 +47,8 @@ MEASURES: Mapping[str, Measure] = {"steps": attrgetter("steps"), "seconds": attr
     "--methods",
     multiple=True,
     default=("kfac", "sgd", "adam"),
-    help="A method of `curvlib methods`; with another curvature: kfac:diagonal; with options that are not searched: "
-    "sgd,batch_size=50,momentum=0.95. Repeatable.",
+    help="A method of `curvlib methods`; with another curvature: kfac:diagonal; with options, or values to search: "
+    "sgd,batch_size=50,lr=0.01/0.03. Repeatable.",
 )
 @click.option("--batch-sizes", multiple=True, type=click.IntRange(min=1), default=(250, 1000), help="Repeatable.")
 @click.option("--target", type=click.FloatRange(0, 1, min_open=True), default=0.985, help="Test accuracy to reach.")

@@ -180,8 +180,9 @@ class Setting:
     """A method as it was asked for, and a point of its grid.
 
     Attributes:
-        method: its name; "kfac:diagonal" is kfac with another curvature, "sgd,batch_size=50" has an option fixed.
-        options: those that are fixed or searched, as (name, value).
+        method: its name; "kfac:diagonal" is kfac with another curvature, "sgd,batch_size=50" says what an option is,
+            "sgd,lr=0.01/0.1" among which values it is searched.
+        options: a point of the grid, as (name, value).
     """
 
     method: str
@@ -237,22 +238,20 @@ class Training:
 
 
 def settings_of(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[Setting]:
-    """Return every batch size with every point of the grid of every method; what a method fixes is not searched.
+    """Return every batch size with every point of the grid of every method, which may name values of its own.
 
     Raises:
-        ExperimentError: an option that a method fixes has no value.
+        ExperimentError: an option is named without a value.
     """
     settings = []
     for method in methods:
         name, *assignments = method.split(",")
-        fixed = dict(map(assignment, assignments))
+        own = {option: text.split("/") for option, text in map(assignment, assignments)}
         axes: dict[str, Sequence[float]] = {"batch_size": batch_sizes, **GRIDS.get(name.partition(":")[0], {})}
         searched = {option: [f"{value:g}" for value in values] for option, values in axes.items()}
-        points = {**searched, **{option: [text] for option, text in fixed.items()}}
-        settings += [
-            Setting(method=method, options=tuple(zip(points, point, strict=True)))
-            for point in itertools.product(*points.values())
-        ]
+        grid = {**searched, **own}
+        points = itertools.product(*grid.values())
+        settings += [Setting(method=method, options=tuple(zip(grid, point, strict=True))) for point in points]
     return settings
 
 

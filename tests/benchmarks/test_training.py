@@ -114,14 +114,24 @@ def test_a_training_loss_is_a_goal_as_well(tmp_path):
 def test_seconds_can_end_a_training_and_a_method_can_fix_its_options(tmp_path):
     words = ("--problem", "addition", "--set", "length=6", "--set", "train_sequences=200", "--seeds", 1)
     fixed = "hessian-free,batch_size=20,curvature_fraction=1,structural_weight=0.5"
-    methods = ("--methods", fixed, "--methods", "sgd,batch_size=10,lr=0.001", "--batch-sizes", 30, "--batch-sizes", 40)
+    methods = (
+        "--methods",
+        fixed,
+        "--methods",
+        "sgd,batch_size=10,lr=0.001/0.002",
+        "--batch-sizes",
+        30,
+        "--batch-sizes",
+        40,
+    )
     limits = ("--max-seconds", 1.5, "--every-seconds", 0.5, "--processor-time", "--target", 1)
     done = training(*words, *methods, *limits, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "results.json").read_text())
-    structural, sgd = values["trainings"]  # no batch size is searched
+    structural, sgd, faster = values["trainings"]  # no batch size is searched
     assert structural["options"] == {"batch_size": "20", "curvature_fraction": "1", "structural_weight": "0.5"}
     assert sgd["options"] == {"batch_size": "10", "lr": "0.001"}
+    assert faster["options"] == {"batch_size": "10", "lr": "0.002"}
     assert values["environment"]["clock"] == "process_time"
     assert "length=6" in values["plan"]["problem"]["problem.source"]
     for training_ in values["trainings"]:
