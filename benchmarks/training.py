@@ -28,6 +28,7 @@ from benchmarks.training_to_target import (
     Training,
     TrainingLoss,
     assignment,
+    check,
     method_of,
     settings_of,
     train_all,
@@ -92,6 +93,8 @@ def main(
     """
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: PyTorch sees no GPU here; use --device cpu.")
+    if options["device"] == "cuda" and processor_time:
+        raise click.UsageError("--processor-time does not count a GPU's work: leave it out with --device cuda.")
     trainings: list[Training] = []
     try:
         goal = Accuracy(at_least=target) if training_loss is None else TrainingLoss(at_most=training_loss)
@@ -107,6 +110,8 @@ def main(
         for setting in settings:
             method_of(setting, plan.problem)
         loaded = plan.problem.load(data)
+        for setting in settings:
+            check(plan, loaded, setting)
         output.mkdir(parents=True, exist_ok=True)
         write(output, plan, trainings)
     except ExperimentError as error:

@@ -30,7 +30,7 @@ from curvlib.experiments import (
 from curvlib.experiments.budgets import Progress
 from curvlib.experiments.problems import LoadedProblem
 from curvlib.experiments.run import Run
-from curvlib.experiments.workload import Workload, warm_up, workload_of
+from curvlib.experiments.workload import Workload, check_methods, warm_up, workload_of
 
 # Options that are searched beside the batch size; a method that is not here has the problem's settings.
 GRIDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
@@ -331,8 +331,17 @@ def _advance(run: Run, every: Budget) -> None:
     run.train_to_next_evaluation(lambda _: None, enough)
 
 
-def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> Workload:
-    comparison = Comparison(
+def check(plan: Plan, loaded: LoadedProblem, setting: Setting) -> None:
+    """Refuse a setting before any training.
+
+    Raises:
+        ExperimentError: an unknown method, option or curvature, or one that cannot train the network.
+    """
+    check_methods(_comparison(plan, loaded, method_of(setting, plan.problem), seed=0), loaded)
+
+
+def _comparison(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> Comparison:
+    return Comparison(
         problem=dataclasses.replace(plan.problem, evaluated_examples=len(loaded.test)),
         methods=(method,),
         budget=plan.budget,
@@ -342,7 +351,10 @@ def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> W
         threads=plan.threads,
         schedule=EvaluationSchedule(count=1),  # at the end; the others come from `_advance`
     )
-    workload = workload_of(comparison, loaded)
+
+
+def _workload(plan: Plan, loaded: LoadedProblem, method: Method, seed: int) -> Workload:
+    workload = workload_of(_comparison(plan, loaded, method, seed), loaded)
     warm_up(workload)
     some = torch.arange(min(plan.goal.training_examples, len(loaded.train)), device=plan.device)
     return dataclasses.replace(workload, evaluated_train=workload.train[some], timer=plan.timer)
