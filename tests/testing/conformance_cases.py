@@ -3,6 +3,7 @@
 Operators have theirs in ``operator_cases.CASES``, losses in ``curvlib.testing.EVERY_LOSS``.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,8 @@ class Case:
 
     def __str__(self):
         name = getattr(self.tested, "__name__", None) or repr(self.tested)
-        return f"{name} {self.note}".strip()
+        # without addresses, which differ from one test process to the next
+        return re.sub(r"<function (\w+) at 0x\w+>", r"\1", f"{name} {self.note}".strip())
 
 
 def root(M, evaluation):
