@@ -191,7 +191,6 @@ def test_options_of_hessian_free_change_its_steps(tmp_path):
     none = ("--set", "hessian-free.structural_weight=0")
     plain = losses("plain", *none)
     assert losses("weak", "--set", "hessian-free.structural_weight=0.01") != plain
-    assert losses("strong", "--set", "hessian-free.structural_weight=100")[-1] > plain[-1]
     assert losses("short", *none, "--set", "hessian-free.cg_iterations=1") != plain
 
 
@@ -201,12 +200,7 @@ def test_structural_damping_is_that_of_the_preset():
     loaded = problem.load()
     steps = []
     for mu, limit in ((0.7, 9), (0.7, 2), (0.0, 9)):
-        options = {
-            "structural_weight": str(mu),
-            "cg_iterations": str(limit),
-            "curvature_fraction": "1",
-            "damping": "0.1",
-        }
+        options = {"structural_weight": mu, "cg_iterations": limit, "curvature_fraction": 1.0, "damping": 0.1}
         torch.manual_seed(0)
         model, twin = (problem.network.build() for _ in range(2))
         twin.load_state_dict(model.state_dict())
