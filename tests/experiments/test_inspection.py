@@ -227,7 +227,7 @@ def test_the_density_of_the_whole_is_made_where_layers_are_left_out():
     [
         ({"matrix": "ggm"}, "did you mean 'ggn'"),
         ({"approximated": "x"}, "Unknown curvature matrix 'x'"),
-        ({"approximations": ("kfca",)}, "did you mean 'kfac'"),
+        ({"approximations": ("diagnoal",)}, "did you mean 'diagonal'"),
         ({"approximations": ("kfac", "kfac")}, "looked at once"),
         ({"most": 0}, "most must be at least 1"),
         ({"damping": 0.0}, "damping must be a finite number above 0"),
