@@ -258,7 +258,7 @@ TEXT = """# What is exact, what is approximate, what is refused
 Made by `python docs/coverage.py`: every cell is tried on eight examples in float64, squared error, with the dense
 matrix from exact products beside it. "exact" is the whole matrix; "exact blocks" and "exact diagonal" are exact where
 the approximation keeps entries; a number is the relative error in the Frobenius norm, of the whole matrix, 0.01 at
-least; "refused" is an error that says why, before any statistics are made. One draw of labels for `Fisher`, the same
+least; "refused" is an error that says why. One draw of labels for `Fisher`, the same
 for both sides ("other draws" where an approximation draws in another order). Errors of approximations depend on
 network and data: on these small ones they say that a cell is not exact, not how good it is.
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from recurrent_models import Labelled, Unpacked, blocks, data
 from torch import nn
 
@@ -22,7 +21,6 @@ CHAINS = (LinearGaussian(SymmetricTransition()), LinearGaussian(GeneralTransitio
 STRATEGIES = (Independent(), *CHAINS, Reduce())
 every_strategy = pytest.mark.parametrize("sharing", STRATEGIES, ids=str)
 every_kind = pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU], ids=lambda kind: kind.__name__)
-drawn = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
 
 @every_kind
