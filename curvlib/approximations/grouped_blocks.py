@@ -107,10 +107,20 @@ def grouped_statistics(
 def grouped_operator(
     objective: Objective, groups: tuple[Group, ...], kind: BlockKind, statistics: Statistics
 ) -> LinearOperator:
-    """Return the block-diagonal operator of :func:`grouped_statistics`."""
+    """Return the block-diagonal operator of :func:`grouped_statistics`.
+
+    Raises:
+        ValueError: the statistics are those of another partition.
+    """
     layout = objective.layout
     diagonals = [name for name in layout.names if fallback_keys(name)[0] in statistics.sums]
     groups = _without(groups, diagonals, objective)
+    missing = [_key(group) for group in groups if _key(group) not in {**statistics.sums, **statistics.roots}]
+    if missing:
+        raise ValueError(
+            f"the statistics have no block of the parameters {missing[0].removesuffix('|block')}: they are those of "
+            "another partition. Use the partition that they, or the saved average, were made with."
+        )
     blocks = [kind.operator(statistics, _key(group)) for group in groups]
     blocks += [fallback_block(name, statistics) for name in diagonals]
     coordinates = [group.coordinates.reshape(-1) for group in groups]
@@ -172,4 +182,5 @@ def _without(groups: tuple[Group, ...], names: list[str], objective: Objective) 
 
 
 def _key(group: Group) -> str:
-    return f"{group.name}|block"
+    # by its parameters, so that averages of another partition, whose names may be the same, are not taken for its own
+    return f"{', '.join(group.parameters)}|block"

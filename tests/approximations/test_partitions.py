@@ -367,3 +367,16 @@ def test_bad_partitions_are_named():
             make()
     with pytest.raises(ValueError, match="rank >= 1"):
         LowRankBlocks(0)
+
+
+def test_averages_of_another_partition_are_not_taken_for_ones_own():
+    """Both functions are lambdas of one name, and make two groups of equal sizes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    objective = Objective(model, nn.MSELoss())
+    labels = (lambda name: name[0], lambda name: (name[0] == "0") == name.endswith("weight"))
+    one, other = (MovingAverage(BlockDiagonal(GGN(), partition=ByLabel(label))) for label in labels)
+    one.update(objective.at((torch.randn(5, 4).double(), torch.randn(5, 4).double())))
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match=r"no block of the parameters 0\.weight, 2\.bias.*another partition"):
+        other.operator(objective)
