@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import classifier
+from operator_cases import CASES, draw
 from torch import nn
 
 from curvlib import (
@@ -11,6 +12,7 @@ from curvlib import (
     Objective,
 )
 from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact
+from curvlib.operators.state import OperatorError
 from curvlib.optimizers import (
     hessian_free,
     kfac,
@@ -45,6 +47,20 @@ def test_estimates_and_products_inside_autocast_have_full_precision(approximatio
     # the forward pass alone keeps 8 bits
     assert (C.to_dense() - reference).norm() < 0.05 * reference.norm()
     torch.testing.assert_close(product, C @ evaluation.gradient())
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_numbers_of_an_operator_inside_autocast_have_full_precision(make):
+    C, _ = make(draw(0, dtype=torch.float32))
+    for name in ("diagonal", "trace", "to_dense", "frobenius_norm", "spectrum", "logdet"):
+        try:
+            expected = getattr(C, name)()
+        except (ArithmeticError, OperatorError):
+            continue  # not given by the structure
+        with bfloat16():
+            inside = getattr(C, name)()
+        assert inside.dtype == torch.float32
+        assert torch.equal(inside, expected), name
 
 
 @pytest.mark.parametrize("preset", [kfac, hessian_free])

@@ -37,6 +37,7 @@ from curvlib.approximations.partition import (
 )
 from curvlib.approximations.per_layer import PerLayer
 from curvlib.approximations.root_diagonal import RootDiagonal
+from curvlib.approximations.root_mean_square import RootMeanSquareDiagonal
 from curvlib.approximations.running import RunningAverage, running_average
 from curvlib.approximations.statistics import NonFiniteStatisticsError, Statistics
 from curvlib.approximations.structural_damping import StructuralDamping
@@ -99,6 +100,7 @@ __all__ = [
     "Remainder",
     "RemainderDiagonal",
     "RootDiagonal",
+    "RootMeanSquareDiagonal",
     "RunningAverage",
     "SkipPairs",
     "SquaredChange",

@@ -6,7 +6,7 @@ over several batches it is the curvature of the loss on all of them together, pl
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlib.approximations.arithmetic import Terms, Weighable
 from curvlib.approximations.description import BlockRow, Description
 from curvlib.approximations.statistics import NonFiniteStatisticsError, Statistics
 from curvlib.extensions import LayerPlan
@@ -27,7 +28,7 @@ from curvlib.operators.structure import remove_shift
 from curvlib.output_losses import NoTargetsError
 
 
-class Approximation(ABC):
+class Approximation(Weighable):
     """A way to keep a part of a curvature matrix; a frozen value without state.
 
     Example:
@@ -37,27 +38,18 @@ class Approximation(ABC):
         >>> curvlib.approximations.KFAC(curvlib.GGN()).estimate(evaluation).shape
         (8, 8)
 
-    Weighted sums of approximations are approximations, such as ``0.9 * KFAC(GGN()) + 0.1 * Diagonal(GGN())``: see
-    :class:`WeightedSum`.
+    Weighted sums of approximations are approximations, such as ``0.9 * KFAC(GGN()) + 0.1 * Diagonal(GGN())``, also
+    by ``A - B``, ``A / 2`` and ``sum([A, B])``: see :class:`WeightedSum`.
     """
 
     # Whether the l2 term is part of the estimates, as in every curvature of the objective.
     includes_l2: ClassVar[bool] = True
-    # NumPy would otherwise take the approximation for a scalar.
-    __array_ufunc__ = None
 
-    def __add__(self, other: Approximation) -> Approximation:
-        return weighted_sum(*self._terms(), *other._terms()) if isinstance(other, Approximation) else NotImplemented
-
-    def __mul__(self, factor: float) -> Approximation:
-        if not isinstance(factor, Real) or isinstance(factor, bool):
-            return NotImplemented
-        return weighted_sum(*((float(factor) * weight, part) for weight, part in self._terms()))
-
-    __rmul__ = __mul__
-
-    def _terms(self) -> tuple[tuple[float, Approximation], ...]:
+    def _terms(self) -> Terms:
         return ((1.0, self),)
+
+    def _sum_of(self, terms: Terms) -> Approximation:
+        return weighted_sum(*terms)
 
     @abstractmethod
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
@@ -104,10 +96,13 @@ class Approximation(ABC):
 
     @property
     def may_be_indefinite(self) -> bool:
-        """Whether estimates may have negative eigenvalues beyond rounding. Default: those of ``Hessian()`` may."""
+        """Whether estimates may have negative eigenvalues beyond rounding. Default: those of ``Hessian()`` may.
+
+        Directions and descents that need a positive definite C + damping I refuse such approximations.
+        """
         return not getattr(getattr(self, "matrix", None), "has_vectors", True)
 
-    def check(self, objective: Objective) -> None:  # noqa: B027 - most approximations accept every model
+    def check(self, objective: Objective) -> None:
         """Refuse an objective that the approximation cannot treat, before any computation."""
 
 
@@ -312,7 +307,7 @@ class WeightedSum(Approximation):
         """Whether a weight is negative or a part may be indefinite."""
         return any(weight < 0 or part.may_be_indefinite for weight, part in self.parts)
 
-    def _terms(self) -> tuple[tuple[float, Approximation], ...]:
+    def _terms(self) -> Terms:
         return self.parts
 
     def _sum(self, operators: list[LinearOperator], objective: Objective) -> LinearOperator:

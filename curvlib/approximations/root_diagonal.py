@@ -8,6 +8,7 @@ from typing import ClassVar
 from curvlib.approximations.assignment import Fallback
 from curvlib.approximations.base import with_l2
 from curvlib.approximations.diagonal import Diagonal
+from curvlib.approximations.exact import check_matrix
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer
 from curvlib.objective import Objective
@@ -25,6 +26,7 @@ class RootDiagonal(Diagonal):
 
     Source: Tieleman & Hinton 2012 (RMSProp), Kingma & Ba 2015 (Adam), with ``EmpiricalFisher()``. Departure: they
     square the mean gradient of a mini-batch; the diagonal here sums the squares of each example's gradient.
+    For diagonals that may be negative see ``RootMeanSquareDiagonal``.
 
     Args:
         matrix: ``EmpiricalFisher()``, ``GGN()`` or ``Fisher()``.
@@ -34,6 +36,13 @@ class RootDiagonal(Diagonal):
     own_fallback: ClassVar[Fallback | None] = None
 
     def __post_init__(self) -> None:
+        check_matrix(self, self.matrix)
+        if not self.matrix.has_vectors:
+            raise TypeError(
+                f"RootDiagonal needs a diagonal without negative entries, and {self.matrix} may be indefinite: use "
+                f"RootMeanSquareDiagonal(Diagonal({self.matrix})), or of HutchinsonDiagonal({self.matrix}, probes=1) "
+                "as AdaHessian does."
+            )
         super().__post_init__()
         if self.on_unsupported == "dense":
             raise ValueError('RootDiagonal has no dense blocks: choose on_unsupported="diagonal" or "exclude".')

@@ -22,11 +22,13 @@ from typing_extensions import override
 
 from curvlib.operators.attributes import overridable
 from curvlib.operators.checks import check_finite_number, sum_of_logs
-from curvlib.operators.precision import full_precision
+from curvlib.operators.precision import full_precision, in_full_precision
 from curvlib.operators.state import OperatorError, register_class, state_from_operator
 
 # Columns of the identity that a default (brute-force) method multiplies at once: D x 256 numbers of memory.
 _COLUMNS_AT_ONCE = 256
+# What users call on an operator, possibly under autocast; products have their check in ``@``.
+_NUMBERS = frozenset({"diagonal", "trace", "to_dense", "frobenius_norm", "spectrum", "logdet"})
 
 
 class LinearOperator(ABC):
@@ -53,6 +55,8 @@ class LinearOperator(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in _NUMBERS.intersection(vars(cls)):
+            setattr(cls, name, in_full_precision(vars(cls)[name]))
         register_class(cls)
 
     @overridable

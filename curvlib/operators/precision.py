@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 
@@ -16,3 +19,14 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def in_full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method of an object with a ``device``, made without autocast."""
+
+    @wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with full_precision(self.device):
+            return method(self, *args, **kwargs)
+
+    return guarded

@@ -24,6 +24,7 @@ from curvlib.optimizers.proposal import (
     Solver,
     check_approximation,
     probed_mean_curvature,
+    refuse_indefinite,
     refuse_parts_of_sums,
     take_statistics,
 )
@@ -52,6 +53,11 @@ class PreconditionedGradient(Direction):
         inverse_every: steps from one inverse to the next (T_3). The first three steps, a damping that has moved by a
             factor of two and a rejected step refresh it as well. The inverses of ``EKFAC``, whose average keeps an
             eigenbasis, come at each step.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a number is out of range, or the curvature may be indefinite and the solver cannot do with that (one
+            that can, such as ``MINRES``, has an attribute ``takes_indefinite``).
     """
 
     curvature: Approximation
@@ -68,6 +74,7 @@ class PreconditionedGradient(Direction):
                 "PreconditionedGradient needs a solver (C, damping) -> inverse such as damped_inverse or "
                 f"FactoredTikhonov(), got {self.solver!r}."
             )
+        refuse_indefinite("PreconditionedGradient", "curvature", self.curvature, self.solver)
         check_fraction("PreconditionedGradient", "fraction", self.fraction)
         for name in ("statistics_every", "inverse_every"):
             value = getattr(self, name)
@@ -231,6 +238,8 @@ class TruncatedNewton(Direction):
         for name in ("preconditioner", "regularizer"):
             if getattr(self, name) is not None:
                 check_approximation("TruncatedNewton", name, getattr(self, name))
+        if self.preconditioner is not None:
+            refuse_indefinite("TruncatedNewton", "preconditioner", self.preconditioner, damped_inverse)
         if not 0 < self.regularizer_weight < float("inf"):
             raise ValueError(f"TruncatedNewton needs a finite regularizer_weight > 0, got {self.regularizer_weight!r}.")
         check_fraction("TruncatedNewton", "fraction", self.fraction)

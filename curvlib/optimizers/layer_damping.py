@@ -16,6 +16,7 @@ from curvlib.objective import Objective
 from curvlib.optimizers.proposal import Solver
 from curvlib.solvers import BlockwiseDamping, damped_inverse
 from curvlib.solvers.damping_scale import checked_damping
+from curvlib.solvers.definiteness import takes_indefinite
 
 
 class SolverForModel(ABC):
@@ -67,6 +68,11 @@ class LayerDamping(SolverForModel):
                 "LayerDamping needs a solver (C, damping) -> inverse such as damped_inverse or FactoredTikhonov(), got "
                 f"{self.solver!r}."
             )
+
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether the solver inside does."""
+        return takes_indefinite(self.solver)
 
     def bind(self, objective: Objective) -> Solver:
         """Return the solver for the parameters of an objective.

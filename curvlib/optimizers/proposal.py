@@ -20,6 +20,7 @@ from curvlib.objective import Objective
 from curvlib.operators import LinearOperator
 from curvlib.optimizers.situation import Situation
 from curvlib.solvers import Prediction
+from curvlib.solvers.definiteness import takes_indefinite
 
 # Solver = anything that turns (C, lambda) into an operator close to (C + lambda I)^-1.
 Solver = Callable[[LinearOperator, float], LinearOperator]
@@ -119,6 +120,17 @@ def check_approximation(owner: str, name: str, value: object) -> None:
     """Raise TypeError unless the value is an approximation."""
     if not isinstance(value, Approximation):
         raise TypeError(f"{owner} needs {name} to be an approximation such as KFAC(Fisher()), got {value!r}.")
+
+
+def refuse_indefinite(owner: str, name: str, approximation: Approximation, solver: object) -> None:
+    """Raise ValueError for an approximation that may be indefinite and a solver that cannot do with that."""
+    if approximation.may_be_indefinite and not takes_indefinite(solver):
+        raise ValueError(
+            f"{owner} needs a positive definite C + damping I for {solver!r}, and {name}={approximation!r} may be "
+            "indefinite, so that training would fail at some step. Use a curvature of GGN() or Fisher(), "
+            "RootMeanSquareDiagonal(...) for a diagonal as in AdaHessian, MINRES() as the solver, or ModelDescent with "
+            "Steihaug() in a trust region."
+        )
 
 
 def refuse_parts_of_sums(owner: str, fraction: float, objective: Objective) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvlib.operators import BlockDiagonal, Diagonal, LinearOperator, Scaled, Shifted, full_precision
 from curvlib.solvers.damping_scale import checked_damping
+from curvlib.solvers.definiteness import takes_indefinite
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.inverse import damped_inverse
 
@@ -61,6 +62,11 @@ class BlockwiseDamping:
                 f"BlockwiseDamping(solver=...) must be a solver (C, damping) -> inverse such as damped_inverse or "
                 f"FactoredTikhonov(), got {self.solver!r}."
             )
+
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether the solver inside does."""
+        return takes_indefinite(self.solver)
 
     def __call__(self, operator: LinearOperator, damping: float) -> LinearOperator:
         """Return (C + damping diag(f))^-1.

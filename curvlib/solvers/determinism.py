@@ -12,6 +12,7 @@ from math import isfinite
 import torch
 
 from curvlib.operators import LinearOperator, full_precision
+from curvlib.solvers.definiteness import takes_indefinite
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.inverse import damped_inverse
 
@@ -83,6 +84,11 @@ class DeterminismCheck:
                 "DeterminismCheck(solver=...) must be a solver (C, damping) -> inverse such as damped_inverse or CG(), "
                 f"got {self.solver!r}."
             )
+
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether the solver inside does."""
+        return takes_indefinite(self.solver)
 
     def __call__(self, operator: LinearOperator, damping: float) -> LinearOperator:
         """Return the solver's inverse.

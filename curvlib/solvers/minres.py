@@ -79,6 +79,7 @@ class MINRES(KrylovMethod):
     """
 
     title: ClassVar[str] = "MINRES"
+    takes_indefinite: ClassVar[bool] = True
 
     def __call__(self, operator: LinearOperator, damping: float) -> MINRESInverse:
         """Return the operator that solves (C + damping I) x = b anew at each product.

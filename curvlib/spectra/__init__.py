@@ -16,7 +16,7 @@ From products, for every operator; call a strategy with the operator and, if nee
 :class:`HutchPlusPlus`       the trace, for spectra that decay
 :class:`XTrace`              the trace, for spectra that decay: the most accurate of the three
 :class:`SquaredFrobenius`    \|C\|_F^2
-:class:`HutchinsonDiagonal`  the diagonal
+:class:`BKSDiagonal`         the diagonal
 :class:`XDiag`               the diagonal, for spectra that decay
 :class:`Lanczos`             eigenpairs at the ends of the spectrum
 :class:`SpectralDensity`     the distribution of all eigenvalues, log det, traces of functions
@@ -24,7 +24,7 @@ From products, for every operator; call a strategy with the operator and, if nee
 """
 
 from curvlib.spectra.density import SpectralDensity
-from curvlib.spectra.diagonal import DiagonalEstimator, HutchinsonDiagonal, XDiag
+from curvlib.spectra.diagonal import BKSDiagonal, DiagonalEstimator, XDiag
 from curvlib.spectra.ends import BothEnds, Largest, LargestMagnitude, Smallest, SpectrumEnd
 from curvlib.spectra.estimate import Estimate
 from curvlib.spectra.function import NoStructureError, matrix_function
@@ -36,13 +36,13 @@ from curvlib.spectra.sampling import sample, sample_inverse
 from curvlib.spectra.trace import Hutchinson, HutchPlusPlus, SquaredFrobenius, TraceEstimator, XTrace
 
 __all__ = [
+    "BKSDiagonal",
     "BothEnds",
     "DiagonalEstimator",
     "Eigenpairs",
     "Estimate",
     "HutchPlusPlus",
     "Hutchinson",
-    "HutchinsonDiagonal",
     "Lanczos",
     "Largest",
     "LargestMagnitude",

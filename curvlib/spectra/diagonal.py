@@ -59,7 +59,7 @@ class DiagonalEstimator(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HutchinsonDiagonal(DiagonalEstimator):
+class BKSDiagonal(DiagonalEstimator):
     r"""The mean of z * (C z), weighted by z^2.
 
     .. math:: d = \Big(\sum_k z_k * C z_k\Big) \Big/ \Big(\sum_k z_k * z_k\Big)
@@ -77,8 +77,8 @@ class HutchinsonDiagonal(DiagonalEstimator):
     distribution: ProbeDistribution = field(default_factory=Rademacher)
 
     def __post_init__(self) -> None:
-        check_count("HutchinsonDiagonal", "probes", self.probes, least=2)
-        check_distribution("HutchinsonDiagonal", self.distribution)
+        check_count("BKSDiagonal", "probes", self.probes, least=2)
+        check_distribution("BKSDiagonal", self.distribution)
 
     @property
     def budget(self) -> int:

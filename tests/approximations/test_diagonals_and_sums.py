@@ -23,6 +23,7 @@ from curvlib.approximations import (
     MovingAverage,
     PerLayer,
     RootDiagonal,
+    RootMeanSquareDiagonal,
     StatisticalWeightedSum,
     StructuralDamping,
     WeightedSum,
@@ -31,7 +32,8 @@ from curvlib.approximations import (
 from curvlib.operators import BlockDiagonal as BlockDiagonalOperator
 from curvlib.operators import CholeskyInverse
 from curvlib.operators import Diagonal as DiagonalOperator
-from curvlib.solvers import damped_inverse
+from curvlib.optimizers import LayerDamping, PreconditionedGradient, hessian_free, kfac
+from curvlib.solvers import CG, MINRES, DeterminismCheck, FactoredTikhonov, damped_inverse
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -163,7 +165,7 @@ class TestRootDiagonal:
             RootDiagonal(GGN(), on_unsupported="dense")
         with pytest.raises(TypeError, match="PerLayer cannot mix RootDiagonal"):
             PerLayer([("head", RootDiagonal(GGN()))], otherwise=Diagonal(GGN()))
-        with pytest.raises(TypeError, match=r"Hessian\(\) has products only"):
+        with pytest.raises(TypeError, match=r"use RootMeanSquareDiagonal\(Diagonal\(Hessian\(\)\)\)"):
             RootDiagonal(Hessian())
         assert "root of the diagonal" in str(evaluation.objective.describe(RootDiagonal(GGN())))
 
@@ -278,3 +280,113 @@ class TestWeightedSum:
         eye = torch.eye(len(C), dtype=torch.float64)
         ggn, structural = (part.estimate(evaluation).to_dense() for part in (Exact(GGN()), S))
         torch.testing.assert_close(C, 2 * (ggn - 0.2 * eye) + 3 * structural + 0.2 * eye, **CLOSE)
+
+
+class TestRootMeanSquare:
+    def test_over_steps_it_is_adahessian(self):
+        """By hand: v_k = eps_k v_(k-1) + (1 - eps_k) d_k^2, d_k = z * (H z) of the dense Hessian of batch k."""
+        network = classifier(l2=0.2)
+        objective = Objective(network.model, network.loss, l2=0.2)
+        average = MovingAverage(RootMeanSquareDiagonal(HutchinsonDiagonal(Hessian(), probes=1)), decay=0.5)
+        generators, size = [torch.Generator().manual_seed(4) for _ in range(2)], objective.layout.size
+        second_moment = torch.zeros(size, dtype=torch.float64)
+        for k, (x, y) in enumerate(batches_of(network, 3), start=1):
+            assert average.update(objective.at((x, y)), generators[0])
+            H = Network(network.model, network.loss, x, y, 0.0).hessian()
+            z = (2 * torch.randint(2, (size, 1), generator=generators[1]) - 1).squeeze(1).double()
+            decay = min(1 - 1 / k, 0.5)
+            second_moment = decay * second_moment + (1 - decay) * (z * (H @ z)).square()
+        assert k == 3
+        torch.testing.assert_close(average.operator(objective).diagonal(), second_moment.sqrt() + 0.2, **CLOSE)
+
+    def test_on_one_batch_it_is_the_absolute_value_without_the_l2_term_inside(self):
+        evaluation = evaluate(classifier())
+        H = Dense(Hessian()).estimate(evaluation).diagonal() - 0.2
+        assert H.min() < 0
+        C = RootMeanSquareDiagonal(Dense(Hessian())).estimate(evaluation)
+        torch.testing.assert_close(C.to_dense(), torch.diag(H.abs() + 0.2), **CLOSE)
+        assert not RootMeanSquareDiagonal(Dense(Hessian())).may_be_indefinite
+
+    def test_it_trains_where_the_diagonal_alone_is_refused(self):
+        network = classifier()
+        objective, batch = Objective(network.model, network.loss), (network.inputs, network.targets)
+        diagonal = HutchinsonDiagonal(Hessian(), probes=1)
+        with pytest.raises(ValueError, match=r"HutchinsonDiagonal.* may be indefinite.*RootMeanSquareDiagonal"):
+            kfac(objective, curvature=diagonal)
+        with pytest.raises(ValueError, match=r"TruncatedNewton .* preconditioner=HutchinsonDiagonal.* may be"):
+            hessian_free(objective, preconditioner=diagonal)
+        optimizer = kfac(objective, curvature=RootMeanSquareDiagonal(diagonal), solver=damped_inverse)
+        losses = [optimizer.step(batch).loss for _ in range(20)]
+        assert losses[-1] < 0.8 * losses[0]
+
+    def test_arguments_and_description(self):
+        objective = evaluate(classifier()).objective
+        table = objective.describe(RootMeanSquareDiagonal(Diagonal(GGN())))
+        assert {row.block for row in table.rows} == {"root mean square of (diagonal)"}
+        with pytest.raises(TypeError, match=r"needs an approximation with statistics.*got Exact"):
+            RootMeanSquareDiagonal(Exact(GGN()))
+        with pytest.raises(UnsupportedLayerError):
+            RootMeanSquareDiagonal(Diagonal(GGN())).check(Objective(nn.Bilinear(2, 2, 2), nn.MSELoss()))
+
+
+@pytest.mark.parametrize(
+    ("curvature", "solver", "refused"),
+    [
+        (Exact(Hessian()), CG(), True),
+        (Exact(Hessian()), MINRES(), False),
+        (Dense(Hessian()), LayerDamping({}, solver=MINRES()), False),
+        (Dense(Hessian()), DeterminismCheck(), True),
+        (KFAC(GGN()) - 0.1 * Diagonal(GGN()), FactoredTikhonov(), True),
+        (KFAC(GGN()) + 0.1 * Diagonal(GGN()), FactoredTikhonov(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_may_be_indefinite_needs_a_solver_that_takes_it(curvature, solver, refused):
+    if not refused:
+        PreconditionedGradient(curvature=curvature, solver=solver)
+        return
+    with pytest.raises(ValueError, match="may be indefinite"):
+        PreconditionedGradient(curvature=curvature, solver=solver)
+
+
+class TestArithmetic:
+    def test_signs(self):
+        A, B = KFAC(GGN()), Diagonal(GGN())
+        assert (A - 2 * B).parts == ((1.0, A), (-2.0, B))
+        assert (-(A + B) / 2).parts == ((-0.5, A), (-0.5, B))
+        assert sum([A, 2 * B, A]).parts == ((1.0, A), (2.0, B), (1.0, A))
+        assert sum([A]) is A
+        assert isinstance(A - B, StatisticalWeightedSum)
+        assert (A - B).may_be_indefinite
+        assert not (A + B).may_be_indefinite
+        evaluation = evaluate(classifier())
+        difference = (Dense(GGN()) - Dense(Hessian()) / 2).estimate(evaluation).to_dense()
+        ggn, hessian = (Dense(matrix).estimate(evaluation).to_dense() for matrix in (GGN(), Hessian()))
+        eye = torch.eye(len(ggn), dtype=torch.float64)
+        torch.testing.assert_close(difference, ggn - hessian / 2 - (0.2 - 0.1 - 0.2) * eye, **CLOSE)
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda A, C: A + 0.1, r"If 0.1 is a damping, give it to the solver"),
+            (lambda A, C: 1 - A, r"If 1 is a damping, give it to the solver"),
+            (lambda A, C: A + C, r"Estimate it first: C = approximation.estimate\(evaluation\)"),
+            (lambda A, C: C - A, r"Estimate it first: C = approximation.estimate\(evaluation\)"),
+            (lambda A, C: A @ torch.ones(2), r"approximation.estimate\(evaluation\) @ vector"),
+            (lambda A, C: A * A, "products and quotients of approximations"),
+            (lambda A, C: A / A, "products and quotients of approximations"),
+            (lambda A, C: torch.tensor(2.0) * A, r"use float\(weight\)"),
+            (lambda A, C: 1 / A, r"damped_inverse\(C, damping\)"),
+            (lambda A, C: A**0.5, r"matrix_power\(C, exponent\)"),
+            (lambda A, C: A * "2", r"expected a number, got '2'"),
+            (lambda A, C: A + None, r"expected another approximation, got None"),
+        ],
+    )
+    def test_what_makes_no_sense_says_what_to_write(self, make, message):
+        with pytest.raises(TypeError, match=message):
+            make(KFAC(GGN()), DiagonalOperator(torch.ones(2)))
+
+    @pytest.mark.parametrize("divisor", [0, 0.0, 1e-320, float("nan")])
+    def test_divisors(self, divisor):
+        with pytest.raises(ValueError, match="cannot be divided by"):
+            KFAC(GGN()) / divisor

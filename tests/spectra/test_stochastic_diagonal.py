@@ -5,12 +5,12 @@ import torch
 from spectra_cases import SPECTRA, D, check_calibrated, check_unbiased, generator, repeat, with_spectrum
 
 from curvlib.operators import Dense, Diagonal, Identity, MatrixFree
-from curvlib.spectra import HutchinsonDiagonal, Normal, Rademacher, XDiag
+from curvlib.spectra import BKSDiagonal, Normal, Rademacher, XDiag
 from curvlib.spectra.probes import draw
 
 DIAGONALS = {
-    "signs": HutchinsonDiagonal(probes=20),
-    "normal": HutchinsonDiagonal(probes=20, distribution=Normal()),
+    "signs": BKSDiagonal(probes=20),
+    "normal": BKSDiagonal(probes=20, distribution=Normal()),
     "XDiag": XDiag(products=20),
 }
 diagonals = pytest.mark.parametrize("estimator", DIAGONALS.values(), ids=DIAGONALS.keys())
@@ -40,7 +40,7 @@ def test_xdiag_wins_where_the_spectrum_decays():
 def test_the_error_of_one_entry_is_the_one_of_theory():
     C = with_spectrum(SPECTRA["indefinite"])
     off = C.matrix - torch.diag(C.diagonal())
-    _, errors = repeat(HutchinsonDiagonal(probes=50), C, 100)
+    _, errors = repeat(BKSDiagonal(probes=50), C, 100)
     expected = (off.square().sum(1) / 50).sqrt()
     # 4900 degrees of freedom: a relative error of 1 / sqrt(9800) of a standard deviation, five times, in D entries
     torch.testing.assert_close(errors.square().mean(0).sqrt(), expected, rtol=5 / 9800**0.5, atol=0)
@@ -48,7 +48,7 @@ def test_the_error_of_one_entry_is_the_one_of_theory():
 
 def test_the_error_is_that_of_the_mean_of_independent_terms():
     C = with_spectrum(SPECTRA["flat"])
-    estimate = HutchinsonDiagonal(probes=3)(C, generator(1))
+    estimate = BKSDiagonal(probes=3)(C, generator(1))
     z = draw(Rademacher(), C, 3, generator(1))
     terms = z * (C.matrix @ z)
     torch.testing.assert_close(estimate.value, terms.mean(1))
@@ -116,12 +116,12 @@ def test_an_estimate_of_a_diagonal_is_a_sentence():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"HutchinsonDiagonal\(probes=...\) must be an integer >= 2"):
-        HutchinsonDiagonal(probes=1)
+    with pytest.raises(ValueError, match=r"BKSDiagonal\(probes=...\) must be an integer >= 2"):
+        BKSDiagonal(probes=1)
     with pytest.raises(ValueError, match=r"XDiag\(products=...\) must be an integer >= 4"):
         XDiag(products=3)
     with pytest.raises(TypeError, match="ProbeDistribution"):
-        HutchinsonDiagonal(distribution=None)
+        BKSDiagonal(distribution=None)
     for estimator in DIAGONALS.values():
         with pytest.raises(TypeError, match="operator must be a LinearOperator"):
             estimator(torch.eye(3))

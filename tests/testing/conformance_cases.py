@@ -24,6 +24,7 @@ from curvlib.approximations import (
     LowRank,
     PerLayer,
     RootDiagonal,
+    RootMeanSquareDiagonal,
     StructuralDamping,
     TridiagonalKFAC,
 )
@@ -82,6 +83,10 @@ def unit(network):
     return torch.eye(len(network.theta), dtype=torch.float64)
 
 
+def absolute(network):
+    return torch.diag(matrix_of_loss(network, Hessian()).diagonal().abs())
+
+
 def ggn(network):
     return matrix_of_loss(network, GGN())
 
@@ -104,6 +109,7 @@ APPROXIMATIONS = (
     Case(TridiagonalKFAC(GGN()), {"positions": False}),
     Case(KFRA(GGN()), {"positions": False, "activations": (nn.Tanh, nn.ReLU)}),
     Case(RootDiagonal(GGN()), {"exact_on": ExactOn(part=root), "degree": 0.5}),
+    Case(RootMeanSquareDiagonal(Dense(Hessian())), {"exact_on": ExactOn(matrix=absolute), "averages": False}),
     Case(HutchinsonDiagonal(GGN()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
     Case(LowRank(GGN()), {"exact_on": EVERYWHERE}),
     Case(LowRank(Fisher(samples=2)), {"exact_on": EVERYWHERE}),
