@@ -33,7 +33,7 @@ from curvlib.operators import BlockDiagonal as BlockDiagonalOperator
 from curvlib.operators import CholeskyInverse
 from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.optimizers import LayerDamping, PreconditionedGradient, hessian_free, kfac
-from curvlib.solvers import CG, MINRES, DeterminismCheck, FactoredTikhonov, damped_inverse
+from curvlib.solvers import CG, MINRES, BlockwiseDamping, DeterminismCheck, FactoredTikhonov, damped_inverse
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -336,6 +336,7 @@ class TestRootMeanSquare:
         (Exact(Hessian()), MINRES(), False),
         (Dense(Hessian()), LayerDamping({}, solver=MINRES()), False),
         (Dense(Hessian()), DeterminismCheck(), True),
+        (Dense(Hessian()), BlockwiseDamping(factors=torch.ones(2), solver=MINRES()), False),
         (KFAC(GGN()) - 0.1 * Diagonal(GGN()), FactoredTikhonov(), True),
         (KFAC(GGN()) + 0.1 * Diagonal(GGN()), FactoredTikhonov(), False),
     ],
