@@ -73,41 +73,39 @@ def test_solution_is_that_of_the_dense_system(seed, size, columns, damping):
     torch.testing.assert_close(solution.model_value, phi, rtol=1e-8, atol=1e-12)
 
 
+def _scipy_iterations(A, b, tolerance, P=None):
+    count = 0
+
+    def seen(_):
+        nonlocal count
+        count += 1
+
+    M = None if P is None else np.diag(P.numpy())
+    scipy.sparse.linalg.cg(A.numpy(), b.numpy(), rtol=tolerance, maxiter=20_000, callback=seen, M=M)
+    return count
+
+
 @given(
     seeds,
-    st.sampled_from([1, 2, 4, 60, 90]),
+    st.sampled_from([1, 2, 4, 11, 60, 90]),
+    st.floats(0.5, 9.0),
     dampings,
     st.sampled_from([1e-2, 1e-4, 1e-6]),
     st.booleans(),
     st.sampled_from([1, 7]),
 )
 @settings(max_examples=60)
-def test_never_more_iterations_than_scipy(seed, size, damping, tolerance, precondition, check_every):
-    # Near the D-th iteration amplified rounding errors decide the count: these systems end well before it, or at it.
-    C, b = spd(seed, size, condition=10.0), normal(seed, size)
+def test_never_more_iterations_than_scipy(seed, size, exponent, damping, tolerance, precondition, check_every):
+    C, b = spd(seed, size, condition=10.0**exponent), normal(seed, size)
     A = C + damping * torch.eye(size, dtype=C.dtype)
     P = 1.0 / A.diagonal() if precondition else None
-    iterations = 0
-
-    def count(_):
-        nonlocal iterations
-        iterations += 1
-
-    scipy.sparse.linalg.cg(
-        A.numpy(),
-        b.numpy(),
-        rtol=tolerance,
-        maxiter=10_000,
-        callback=count,
-        M=None if P is None else np.diag(P.numpy()),
-    )
     solution = CG(
         stop=ResidualTest(relative=tolerance),
-        max_iterations=10_000,
+        max_iterations=20_000,
         check_every=check_every,
         preconditioner=None if P is None else Diagonal(P),
     )(Dense(C), damping).solve(b)
-    assert solution.iterations <= iterations
+    assert solution.iterations <= min(size, _scipy_iterations(A, b, tolerance, P))
     assert float(solution.residual_norm) <= tolerance * (1 + 1e-6)
 
 
@@ -115,6 +113,12 @@ def _laplacian(size):
     return 2 * torch.eye(size, dtype=torch.float64) - torch.diag(torch.ones(size - 1).double(), 1) - torch.diag(
         torch.ones(size - 1).double(), -1
     )  # fmt: skip
+
+
+def _even(size, condition):
+    Q, _ = torch.linalg.qr(normal(6, size, size))
+    A = Q * torch.linspace(1.0, 1.0 / condition, size).double() @ Q.T
+    return 0.5 * (A + A.T)
 
 
 def _clustered(size):
@@ -128,6 +132,8 @@ SYSTEMS = {
     "clusters": _clustered(80),
     "graded": spd(1, 120, condition=1e4),
     "ill-conditioned": spd(2, 60, condition=1e6),
+    "very-ill-conditioned": spd(2, 60, condition=1e11),
+    "even-to-the-end": _even(57, condition=1e11),
     "low-rank-plus-identity": torch.eye(90).double() + 100 * normal(3, 90, 5) @ normal(3, 90, 5).T,
     "covariance": normal(4, 150, 300) @ normal(4, 150, 300).T / 300,
 }
@@ -138,25 +144,16 @@ SYSTEMS = {
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_never_more_iterations_than_scipy_on_typical_systems(name, preconditioned, tolerance):
     A = SYSTEMS[name]
-    b, count = normal(7, len(A)), 0
-    P = 1.0 / A.diagonal()
-
-    def seen(_):
-        nonlocal count
-        count += 1
-
-    M = np.diag(P.numpy()) if preconditioned else None
-    scipy.sparse.linalg.cg(A.numpy(), b.numpy(), rtol=tolerance, maxiter=10_000, callback=seen, M=M)
+    b, P = normal(7, len(A)), 1.0 / A.diagonal()
     method = CG(
         stop=ResidualTest(relative=tolerance),
-        max_iterations=10_000,
+        max_iterations=20_000,
         preconditioner=Diagonal(P) if preconditioned else None,
     )
     solution = method(Dense(A), 0.0).solve(b)
-    assert solution.status is Status.CONVERGED
-    # Where more than D / 2 iterations are needed, rounding errors decide the count: for other b it is as
-    # often a few percent lower as higher.
-    assert solution.iterations <= count * (1.0 if count <= len(A) / 2 else 1.1)
+    # ROUNDING_FLOOR: float64 holds no vector x with so small a residual.
+    assert solution.status in (Status.CONVERGED, Status.ROUNDING_FLOOR)
+    assert solution.iterations <= _scipy_iterations(A, b, tolerance, P if preconditioned else None)
 
 
 @given(seeds, st.integers(2, 20), st.integers(2, 5))
@@ -265,7 +262,7 @@ def test_no_columns():
 
 
 def test_residual_test_relative_and_absolute():
-    C, b = Dense(spd(0, 30)), 100.0 * normal(0, 30)
+    C, b = Dense(spd(0, 30, condition=100.0)), 100.0 * normal(0, 30)
     loose, tight, absolute, larger_of_both = (
         CG(stop=rule)(C, 0.0).solve(b)
         for rule in (

@@ -1,6 +1,7 @@
 """Solvers on the chains of recurrent layers, against dense inverses in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,8 +123,10 @@ def test_the_preconditioner_saves_iterations(symmetric):
     G, A = ((Q @ torch.diag(spread) @ Q.T, 0.5 * transition(d, 12, 1.0, symmetric)) for Q in (d.orthogonal(12),) * 2)
     C, b = chain_of(d, G, A, symmetric), d.normal(144)
     inverse = damped_inverse(C, 1e-6)
-    with_it = inverse.solve(b)
-    without = type(inverse.method)(max_iterations=5000, stop=inverse.method.stop)(C, 1e-6).solve(b)
+    # As in large systems, whose residuals are not all kept: within D iterations 144 distinct eigenvalues are found.
+    method = replace(inverse.method, reorthogonalize=0)
+    with_it = method(C, 1e-6).solve(b)
+    without = replace(method, max_iterations=5000, preconditioner=None)(C, 1e-6).solve(b)
     assert with_it.solved
     assert max(with_it.column_iterations) < 0.5 * max(without.column_iterations)
     exact = torch.linalg.solve(sum_of(G, A, symmetric) + 1e-6 * eye(144), b)
