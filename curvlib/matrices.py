@@ -158,8 +158,9 @@ class Hessian(CurvatureMatrix):
     def vectors(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Iterator[OutputVector]:
         """Refuse: an indefinite matrix has no real square root."""
         raise TypeError(
-            "Hessian() gives products only, no vectors v_k with sum v_k v_k^T: it may be indefinite. Use it with Exact "
-            "or Dense, or choose GGN(), Fisher() or EmpiricalFisher()."
+            "Hessian() gives products only, no vectors v_k with sum v_k v_k^T: it may be indefinite. Use it with "
+            "Exact, Dense, BlockDiagonal, Diagonal, HutchinsonDiagonal or LowRank, or choose GGN(), Fisher() or "
+            "EmpiricalFisher()."
         )
 
     def output_product(

@@ -9,32 +9,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from curvlib.approximations.base import Approximation, StatisticalApproximation, with_l2
+from curvlib.approximations.by_products import blocks_by_products
 from curvlib.approximations.description import BlockRow, Description
+from curvlib.approximations.fallbacks import FALLBACK_BLOCKS, Fallback, fallback_block, fallback_keys
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer, LayerPlan, UnsupportedLayerError
 from curvlib.matrices import CurvatureMatrix
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import BlockDiagonal as BlockDiagonalOperator
-from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.operators import LinearOperator, full_precision
 
 if TYPE_CHECKING:
     from curvlib.approximations.layerwise import LayerwiseApproximation
-
-Fallback = Literal["raise", "diagonal", "dense", "exclude"]
-_FALLBACK_BLOCKS = {
-    "raise": "refused",
-    "diagonal": "exact diagonal",
-    "dense": "exact dense block",
-    "exclude": "none (zero curvature)",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +76,7 @@ class LayerAssignment(Approximation):
         rows = []
         for name, shape in zip(layout.names, layout.shapes, strict=True):
             if name in plan.unsupported:
-                block = _FALLBACK_BLOCKS[assignment.others[name][0]]
+                block = FALLBACK_BLOCKS[assignment.others[name][0]]
                 rows.append(BlockRow(name, tuple(shape), "-", "-", block, plan.unsupported[name]))
             else:
                 rows.append(_row(name, tuple(shape), plan, assignment))
@@ -109,7 +102,8 @@ class AssignedApproximation(LayerAssignment, StatisticalApproximation):
         """Return the statistics of all layers: one backward pass for each vector of each matrix."""
         evaluation.check_fresh()
         assignment = self._checked(evaluation.objective, evaluation.plan)
-        evaluation.check_examples_are_independent()
+        if any(matrix.has_vectors for matrix in assignment.matrices()):  # products do not ask for it
+            evaluation.check_examples_are_independent()
         with full_precision(evaluation.layout.device):
             return _statistics(evaluation, assignment, generator)
 
@@ -152,6 +146,9 @@ def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
 def _statistics(evaluation: Evaluation, assignment: Assignment, generator: torch.Generator | None) -> Statistics:
     statistics = Statistics()
     for matrix in assignment.matrices():
+        if not matrix.has_vectors:
+            statistics.fill(blocks_by_products(evaluation, assignment, matrix, generator))
+            continue
         diagonal, dense = (assignment.with_fallback(fallback, matrix) for fallback in ("diagonal", "dense"))
         # one vector of several may see a part of the positions alone
         needed = not matrix.dense_vectors and assignment.counts_positions(matrix)
@@ -194,19 +191,6 @@ def _accumulate_others(
                 add_to(sums, diagonal_key, row.square())
             else:
                 add_to(sums, dense_key, row.outer(row))
-
-
-def fallback_keys(parameter: str) -> tuple[str, str]:
-    """Return the keys of a parameter's own diagonal and of its own dense block."""
-    return f"diagonal of {parameter}", f"block of {parameter}"
-
-
-def fallback_block(parameter: str, statistics: Statistics) -> LinearOperator:
-    """Return the operator of a parameter outside every layer."""
-    diagonal_key, dense_key = fallback_keys(parameter)
-    if diagonal_key in statistics.sums:
-        return DiagonalOperator(statistics.sums[diagonal_key])
-    return DenseOperator(statistics.sums[dense_key])
 
 
 def _has_statistics(layer: Layer, statistics: Statistics) -> bool:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.approximations.assignment import Fallback, layer_key
+from curvlib.approximations.assignment import layer_key
 from curvlib.approximations.block_kinds import BlockKind, DenseBlocks
 from curvlib.approximations.description import BlockRow, Description
-from curvlib.approximations.grouped_blocks import grouped_operator, grouped_statistics
+from curvlib.approximations.fallbacks import Fallback
+from curvlib.approximations.grouped_blocks import grouped_operator, grouped_products, grouped_statistics
 from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.approximations.partition import ByLayer, LayerPartition, Partition
 from curvlib.approximations.statistics import Statistics
@@ -30,8 +32,11 @@ class BlockDiagonal(LayerwiseApproximation):
     Memory of dense blocks is the square of each one's size; per-example gradients are made in chunks of at most 64 MiB
     in float32, or of one example. A block that spans layers needs its part of the gradients of all examples at once.
 
+    Dense blocks of ``Hessian()``, which has no vectors, are exact as well, by D products, one for each parameter: for
+    small models and as an oracle. They may be indefinite.
+
     Args:
-        matrix: ``GGN()``, ``Fisher()`` or ``EmpiricalFisher()``.
+        matrix: ``GGN()``, ``Fisher()``, ``EmpiricalFisher()`` or ``Hessian()``.
         partition: ``ByLayer()``, ``ByOutputUnit()``, ``ByParameter()``, ``ByGroups(names)`` or ``ByLabel(function)``.
         blocks: ``DenseBlocks()``, or ``LowRankBlocks(rank)`` as in TONGA.
         on_unsupported: what parameters outside every layer get: "raise", "diagonal", "dense" (their place in the
@@ -41,6 +46,7 @@ class BlockDiagonal(LayerwiseApproximation):
     partition: Partition | LayerPartition = field(default_factory=ByLayer, kw_only=True)
     blocks: BlockKind = field(default_factory=DenseBlocks, kw_only=True)
     own_fallback: ClassVar[Fallback | None] = "dense"
+    takes_products: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +57,8 @@ class BlockDiagonal(LayerwiseApproximation):
             )
         if not isinstance(self.blocks, BlockKind):
             raise TypeError(f"BlockDiagonal needs blocks to be DenseBlocks() or LowRankBlocks(r), got {self.blocks!r}.")
+        if not self.matrix.has_vectors:
+            self.blocks.check_indefinite(self.matrix)
 
     @property
     def alone(self) -> str | None:
@@ -70,9 +78,11 @@ class BlockDiagonal(LayerwiseApproximation):
             return super().statistics(evaluation, generator)
         evaluation.check_fresh()
         assignment = self._checked(evaluation.objective, evaluation.plan)
-        evaluation.check_examples_are_independent()
         groups = self.partition.groups(evaluation.objective, evaluation.plan)
         with full_precision(evaluation.layout.device):
+            if not self.matrix.has_vectors:
+                return grouped_products(evaluation, self.matrix, generator, groups, self.blocks, assignment)
+            evaluation.check_examples_are_independent()
             vectors = self.matrix.vectors(evaluation, generator)
             return grouped_statistics(evaluation, vectors, groups, self.blocks, assignment)
 
@@ -114,6 +124,14 @@ class BlockDiagonal(LayerwiseApproximation):
         """Return zero blocks."""
         blocks = self._blocks_of(layer)
         return self.blocks.zeros(layer_key(layer, "block"), blocks, layer.size // blocks, like)
+
+    def exact_blocks_of(self, layer: Layer) -> int:
+        """As many as the partition cuts the layer into."""
+        return self._blocks_of(layer)
+
+    def statistics_of_blocks(self, layer: Layer, blocks: Float[Tensor, "B d d"]) -> Statistics:
+        """Return the blocks as they are kept."""
+        return self.blocks.of_matrices(layer_key(layer, "block"), blocks)
 
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
         """Return the blocks of one layer."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvlib.approximations.statistics import Statistics, sum_of_roots
 from curvlib.extensions import gram
+from curvlib.matrices import CurvatureMatrix
 from curvlib.operators import BlockDiagonal, Dense, KroneckerStack, LinearOperator, LowRank
 
 
@@ -23,6 +24,21 @@ class BlockKind(ABC):
     @abstractmethod
     def add(self, statistics: Statistics, key: str, rows: Float[Tensor, "R B d"]) -> None:
         """Add the rows' outer products to the statistics, in place."""
+
+    def check_indefinite(self, matrix: CurvatureMatrix) -> None:
+        """Refuse a matrix that has no vectors v_k with sum v_k v_k^T, where blocks are made of these.
+
+        Raises:
+            TypeError: they are.
+        """
+        raise TypeError(
+            f"{self!r} keeps sums of x x^T, which the blocks of {matrix} are not, as they may be indefinite: use "
+            f"DenseBlocks(), or LowRank({matrix}, method=LanczosTruncation(rank)) for all parameters in one block."
+        )
+
+    def of_matrices(self, key: str, matrices: Float[Tensor, "B d d"]) -> Statistics:
+        """Return the statistics of blocks that are known, of a matrix that :meth:`check_indefinite` lets pass."""
+        raise NotImplementedError(f"{self!r} takes no blocks of a matrix without vectors.")
 
     @abstractmethod
     def zeros(self, key: str, blocks: int, size: int, like: Tensor) -> Statistics:
@@ -50,6 +66,13 @@ class DenseBlocks(BlockKind):
             total = stacked.mT @ stacked
         sums = statistics.sums
         sums[key] = sums[key].add_(total) if key in sums else total
+
+    def check_indefinite(self, matrix: CurvatureMatrix) -> None:
+        """Take every matrix."""
+
+    def of_matrices(self, key: str, matrices: Float[Tensor, "B d d"]) -> Statistics:
+        """Return the blocks themselves."""
+        return Statistics(sums={key: matrices})
 
     def zeros(self, key: str, blocks: int, size: int, like: Tensor) -> Statistics:
         """Return zero blocks."""

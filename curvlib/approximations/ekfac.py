@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvlib.approximations.assignment import Assignment, Fallback, LayerAssignment
+from curvlib.approximations.assignment import Assignment, LayerAssignment
 from curvlib.approximations.base import check_repeatable, finite_statistics, statistics_over
 from curvlib.approximations.eigenbasis import Basis, InEigenbasis, eigenbases, moved_scales
+from curvlib.approximations.fallbacks import Fallback, check_fallback
 from curvlib.approximations.kfac import KFAC
 from curvlib.approximations.layerwise import check_vectors
 from curvlib.approximations.loss_curvature import drawn_seed
@@ -76,7 +77,8 @@ class EKFAC(LayerAssignment):
     on_unsupported: Fallback = field(default="raise", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_vectors(self, self.matrix, self.on_unsupported)
+        check_vectors(self, self.matrix)
+        check_fallback(self.on_unsupported)
         if not isinstance(self.weight_sharing, OneProduct):
             raise TypeError(
                 "EKFAC needs weight_sharing to be Expand(), Independent(), Reduce() or another OneProduct, whose block "

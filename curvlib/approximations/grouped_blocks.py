@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlib.approximations.assignment import Assignment, add_to, fallback_block, fallback_keys
+from curvlib.approximations.assignment import Assignment, add_to
 from curvlib.approximations.block_kinds import BlockKind
+from curvlib.approximations.by_products import groups_by_products
 from curvlib.approximations.example_gradients import stacked_rows
+from curvlib.approximations.fallbacks import fallback_block, fallback_keys
 from curvlib.approximations.partition import Group
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import LayerFactors
+from curvlib.matrices import CurvatureMatrix
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import BlockDiagonal, LinearOperator
 
@@ -102,6 +105,20 @@ def grouped_statistics(
         count, size = group.coordinates.shape
         statistics.fill(kind.zeros(_key(group), count, size, like))
     return statistics
+
+
+def grouped_products(
+    evaluation: Evaluation,
+    matrix: CurvatureMatrix,
+    generator: torch.Generator | None,
+    groups: tuple[Group, ...],
+    kind: BlockKind,
+    assignment: Assignment,
+) -> Statistics:
+    """Return the same of a matrix that gives products only."""
+    groups = _without(groups, list(assignment.with_fallback("diagonal", matrix)), evaluation.objective)
+    keyed = [(_key(group), group) for group in groups]
+    return groups_by_products(evaluation, matrix, generator, keyed, kind, assignment)
 
 
 def grouped_operator(

@@ -76,7 +76,7 @@ class KFRA(StatisticalApproximation):
     matrix: CurvatureMatrix = field(default_factory=GGN)
 
     def __post_init__(self) -> None:
-        check_vectors(self, self.matrix, "raise")
+        check_vectors(self, self.matrix)
 
     def check(self, objective: Objective) -> None:
         """Refuse, by name, modules that are not in BackPACK's KFRA and parameters outside of them."""

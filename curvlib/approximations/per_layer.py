@@ -9,7 +9,8 @@ from functools import partial
 
 from torch import nn
 
-from curvlib.approximations.assignment import AssignedApproximation, Assignment, Fallback
+from curvlib.approximations.assignment import AssignedApproximation, Assignment
+from curvlib.approximations.fallbacks import Fallback
 from curvlib.approximations.layerwise import LayerwiseApproximation
 from curvlib.extensions import Layer, LayerPlan
 from curvlib.matrices import CurvatureMatrix
@@ -65,6 +66,12 @@ class PerLayer(AssignedApproximation):
                 )
             if approximation is not None and approximation.alone is not None:
                 raise TypeError(f"PerLayer cannot mix {approximation!r} with others: {approximation.alone}.")
+
+    @property
+    def may_be_indefinite(self) -> bool:
+        """Whether one of the choices may be."""
+        chosen = (*(approximation for _, approximation in self.choices), self.otherwise)
+        return any(approximation is not None and approximation.may_be_indefinite for approximation in chosen)
 
     def assign(self, objective: Objective, plan: LayerPlan) -> Assignment:
         """Return the first choice that fits each layer and each other parameter."""

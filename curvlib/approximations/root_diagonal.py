@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from curvlib.approximations.assignment import Fallback
 from curvlib.approximations.base import with_l2
 from curvlib.approximations.diagonal import Diagonal
 from curvlib.approximations.exact import check_matrix
+from curvlib.approximations.fallbacks import Fallback
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import Layer
 from curvlib.objective import Objective
@@ -34,6 +34,7 @@ class RootDiagonal(Diagonal):
     """
 
     own_fallback: ClassVar[Fallback | None] = None
+    takes_products: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_matrix(self, self.matrix)

@@ -54,7 +54,7 @@ class TridiagonalKFAC(StatisticalApproximation):
     matrix: CurvatureMatrix
 
     def __post_init__(self) -> None:
-        check_vectors(self, self.matrix, "raise")
+        check_vectors(self, self.matrix)
 
     def check(self, objective: Objective) -> None:
         """Refuse, by name, parameters outside every layer and layers that are no plain affine map."""

@@ -239,7 +239,8 @@ def _check_vectors(method: LowRankMethod, matrix: CurvatureMatrix) -> None:
     if not matrix.has_vectors:
         raise TypeError(
             f"{type(method).__name__} needs vectors v_k with sum v_k v_k^T, and {matrix} has products only: it may be "
-            "indefinite. Use RandomizedSketch(rank) or LanczosTruncation(rank) for it."
+            f"indefinite. Use LowRank({matrix}, method=LanczosTruncation(rank)), which keeps the eigenpairs that are "
+            "largest by size, or RandomizedSketch(rank) over a loader."
         )
 
 

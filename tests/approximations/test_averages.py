@@ -167,12 +167,6 @@ def test_moving_average_refuses_what_does_not_average():
         MovingAverage(KFAC(GGN())).operator(problem()[0])
 
 
-@pytest.mark.parametrize("approximation", [KFAC, Diagonal, BlockDiagonal])
-def test_layerwise_approximations_refuse_the_hessian_by_name(approximation):
-    with pytest.raises(TypeError, match=r"Hessian\(\) has products only"):
-        approximation(Hessian())
-
-
 @pytest.mark.parametrize("approximation", [KFAC, Diagonal, BlockDiagonal, Exact, Dense])
 def test_a_matrix_is_required(approximation):
     with pytest.raises(TypeError, match="needs a curvature matrix"):

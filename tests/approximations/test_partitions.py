@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import Network
 from torch import nn
 
-from curvlib import GGN, EmpiricalFisher, Hessian, Objective, UnsupportedLayerError
+from curvlib import GGN, EmpiricalFisher, Objective, UnsupportedLayerError
 from curvlib.approximations import (
     BlockDiagonal,
     ByGroups,
@@ -361,7 +361,6 @@ def test_bad_partitions_are_named():
         lambda: ByGroups(["abc"]),
         lambda: ByGroups([[1]]),
         lambda: ByLabel("abc"),
-        lambda: BlockDiagonal(Hessian(), partition=ByParameter()),
     ):
         with pytest.raises(TypeError):
             make()

@@ -104,6 +104,8 @@ APPROXIMATIONS = (
     Case(Dense(GGN()), {"exact_on": EVERYWHERE}),
     *(Case(BlockDiagonal(matrix), {"exact_on": ON_BLOCKS}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
     *(Case(Diagonal(matrix), {"exact_on": ON_DIAGONAL}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
+    Case(BlockDiagonal(Hessian()), {"exact_on": ON_BLOCKS, "semidefinite": False}),
+    Case(Diagonal(Hessian()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
     *(Case(KFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
     *(Case(EKFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher())),
     Case(TridiagonalKFAC(GGN()), {"positions": False}),
