@@ -44,6 +44,8 @@ class Record:
         damping: of the last step, where the method has one.
         ratio: actual over predicted reduction of the last step, where the method knows it.
         accepted: whether the last step was taken, where the method can refuse one.
+        solver_iterations: of all steps so far, where the method has an iterative solver such as conjugate gradients.
+        radius: of the trust region at the last step, where the method has one.
         status: where the run stands.
         note: why the method did not reach the end of its budget.
     """
@@ -60,6 +62,8 @@ class Record:
     damping: float | None = None
     ratio: float | None = None
     accepted: bool | None = None
+    solver_iterations: int | None = None
+    radius: float | None = None
     status: Status = Status.RUNNING
     note: str | None = None
 

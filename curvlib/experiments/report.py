@@ -122,7 +122,8 @@ def legend(comparison: Comparison) -> str:
     return (
         f"loss: the objective with its l2 term{baseline}; "
         f"{_short_name(metric.higher_is_better)}: {metric.description}; on {count}; "
-        "gradients: work, in gradients of one batch; seconds: of training alone; "
+        "gradients: work, in gradients of one batch; solver iterations: such as conjugate gradients, one exact product "
+        "each; seconds: of training alone; "
         "seconds to: until the lowest loss that every method reached; *: best of several methods."
     )
 
@@ -148,12 +149,14 @@ def _columns(comparison: Comparison, summaries: Sequence[Summary], target: float
     if target is not None:
         title = f"seconds to\n{_format_of(loss, summaries)(target)}"
         columns += [_Column(title=title, value=lambda s: s.seconds_to_common_loss, decimals=1, best=min)]
+    solver = _Column(title="solver\niterations", value=lambda s: s.last.solver_iterations, decimals=0)
     return [
         *columns,
         _Column(title="seconds", value=lambda s: s.last.seconds, decimals=1),
         _Column(title="steps", value=lambda s: s.last.step, decimals=0),
         _Column(title="epochs", value=lambda s: s.last.epoch, decimals=1),
         _Column(title="gradients", value=lambda s: s.last.gradients, decimals=0),
+        *([solver] if any(s.last.solver_iterations is not None for s in summaries) else []),
     ]
 
 

@@ -42,6 +42,7 @@ class Run:
         self._batch_size = min(method.batch_size, len(workload.train))
         self._step = self._position = 0
         self._gradients = 0.0
+        self._solver_iterations: int | None = None
         self._last: StepReport | None = None
         self._end: tuple[Status, str] | None = None
 
@@ -70,6 +71,8 @@ class Run:
             damping=None if last is None else _finite(last.damping),
             ratio=None if last is None else _finite(last.ratio),
             accepted=None if last is None else last.accepted,
+            solver_iterations=self._solver_iterations,
+            radius=None if last is None else _finite(last.radius),
             status=status,
             note=note,
         )
@@ -110,6 +113,7 @@ class Run:
             "step": self._step,
             "position": self._position,
             "gradients": self._gradients,
+            "solver_iterations": self._solver_iterations,
             "seconds": self._clock.seconds,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self._workload.device) if cuda else None,
@@ -120,6 +124,7 @@ class Run:
         self._model.load_state_dict(state["model"])
         self._trainer.load_state_dict(state["trainer"])
         self._step, self._position, self._gradients = state["step"], state["position"], state["gradients"]
+        self._solver_iterations = state["solver_iterations"]
         self._clock = TrainingClock(self._workload.device, state["seconds"], self._workload.timer)
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None:
@@ -142,6 +147,8 @@ class Run:
         self._position += self._batch_size
         self._step += 1
         self._gradients += self._last.gradients
+        if self._last.solver_iterations is not None:
+            self._solver_iterations = (self._solver_iterations or 0) + self._last.solver_iterations
 
     def _verdict(self, loss: float) -> tuple[Status, str | None]:
         if self._end is not None:

@@ -24,6 +24,8 @@ class StepReport:
         damping: used for this step, where there is one.
         ratio: actual over predicted reduction, where it is known.
         accepted: whether the step was taken, where it can be refused.
+        solver_iterations: of an iterative solver, such as conjugate gradients, where the method has one.
+        radius: of the trust region, where there is one.
     """
 
     loss: Tensor | float
@@ -31,6 +33,8 @@ class StepReport:
     damping: float | None = None
     ratio: float | None = None
     accepted: bool | None = None
+    solver_iterations: int | None = None
+    radius: float | None = None
 
 
 class StepError(RuntimeError):
@@ -153,6 +157,9 @@ class SecondOrderTrainer(Trainer):
             damping=result.damping,
             ratio=result.ratio,
             accepted=result.accepted,
+            # A direction without an iterative solver makes none, at any step.
+            solver_iterations=result.iterations or None,
+            radius=result.radius,
         )
 
     def state_dict(self) -> Mapping[str, Any]:

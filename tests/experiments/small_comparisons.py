@@ -87,6 +87,6 @@ class Signal(Interrupt):
 
 def record(method, seconds, loss, status=Status.RUNNING):
     return Record(
-        method=method, step=int(seconds), epoch=0.0, seconds=seconds, gradients=0, loss=loss, train_metric=loss,
-        test_metric=loss, status=status,
+        method=method, step=int(seconds), epoch=seconds / 2, seconds=seconds, gradients=2 * seconds, loss=loss,
+        train_metric=loss, test_metric=loss, status=status,
     )  # fmt: skip

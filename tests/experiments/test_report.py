@@ -116,7 +116,13 @@ def test_figure_shows_every_method(monkeypatch):
     assert one[:8] == two[:8] == b"\x89PNG\r\n\x1a\n"
     assert one != two
     assert figure_png(comparison, [])[:4] == b"\x89PNG"
-    for axes, lines in curves_of(monkeypatch, comparison, kfac + sgd):
+    panels = curves_of(monkeypatch, comparison, kfac + sgd)
+    assert [axes.get_xlabel() for axes, _ in panels] == [
+        "iterations",
+        "seconds of training",
+        "work, in gradients of all training examples",
+    ]
+    for axes, lines in panels:
         assert axes.get_xscale() == axes.get_yscale() == "log"
         # What has no place on a logarithmic axis, the start, is left out.
         assert lines["kfac"] == [[r.seconds, r.loss] for r in kfac[1:]]
@@ -136,7 +142,31 @@ def test_figure_of_what_fits_no_logarithmic_axis(monkeypatch, records):
     comparison = comparison_of("kfac", "sgd")
     assert figure_png(comparison, records).startswith(b"\x89PNG")
     axes, lines = curves_of(monkeypatch, comparison, records)[1]
-    legend_texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend_texts = [text.get_text() for text in axes.get_figure(root=True).legends[0].get_texts()]
     assert legend_texts[0] == ("kfac (diverged)" if records[-1].loss is None else "kfac")
     assert axes.get_yscale() == "linear"
     assert [point for line in lines.values() for point in line] == [[r.seconds, r.loss] for r in records[1:] if r.loss]
+
+
+def test_figure_and_table_show_damping_ratio_and_solver(monkeypatch):
+    comparison = comparison_of("hessian-free", "sgd")
+    told = [(20.0, -3.0, 12), (10.0, 0.9, 30), (5.0, 7.0, 90)]
+    records = [record("hessian-free", 0, 9.0), record("sgd", 0, 9.0), record("sgd", 4, 2.0)]
+    for step, (damping, ratio, iterations) in zip((1, 2, 5), told, strict=True):
+        own = record("hessian-free", step, 9.0 / (1 + step))
+        records.append(
+            dataclasses.replace(own, damping=damping, ratio=ratio, solver_iterations=iterations, accepted=True)
+        )
+    panels = curves_of(monkeypatch, comparison, records)
+    drawn = {axes.get_ylabel(): lines["hessian-free"] for axes, lines in panels[3:] if "hessian-free" in lines}
+    assert drawn == {
+        "damping": [[1, 20.0], [2, 10.0], [5, 5.0]],
+        # within the limits of the panel
+        "actual / predicted reduction": [[1, -0.5], [2, 0.9], [5, 2.0]],
+        # of the steps since the last record
+        "solver iterations a step": [[1, 12.0], [2, 18.0], [5, 20.0]],
+    }
+    assert all("sgd" not in lines for _, lines in panels[3:])
+    (table,) = results_tables(comparison, records, width=200)
+    cells = {column.header: [str(cell) for cell in column.cells] for column in table.columns}
+    assert cells["solver\niterations"] == ["90", "-"]
