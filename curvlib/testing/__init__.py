@@ -22,8 +22,8 @@ except ImportError as error:
     raise ImportError('curvlib.testing needs Hypothesis, which is missing: pip install "curvlib[testing]"') from error
 
 from curvlib.testing.approximation_suite import check_approximation
-from curvlib.testing.exactness import EVERYWHERE, ON_BLOCKS, ON_DIAGONAL, ONE_EXAMPLE, ExactOn
-from curvlib.testing.identities import IdentityError, Subject
+from curvlib.testing.exactness import EVERYWHERE, NOWHERE, ON_BLOCKS, ON_DIAGONAL, ON_TRACE, ONE_EXAMPLE, ExactOn
+from curvlib.testing.identities import IdentityError, Outcome, Subject, UntestedWarning
 from curvlib.testing.layer_suite import check_layer
 from curvlib.testing.layers import (
     LayerCase,
@@ -47,16 +47,20 @@ __all__ = [
     "EVERYWHERE",
     "EVERY_LOSS",
     "LOSSES",
+    "NOWHERE",
     "ONE_EXAMPLE",
     "ON_BLOCKS",
     "ON_DIAGONAL",
+    "ON_TRACE",
     "Draw",
     "ExactOn",
     "IdentityError",
     "LayerCase",
     "LossCase",
     "Network",
+    "Outcome",
     "Subject",
+    "UntestedWarning",
     "attentions",
     "check_approximation",
     "check_layer",

@@ -6,33 +6,44 @@ Symbols: D parameters, C the estimate, eta the l2 weight, c the factor of the lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
-from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, StaleEvaluationError
 from curvlib.approximations import Approximation, MovingAverage, StatisticalApproximation
+from curvlib.testing.estimates import CLOSE, Estimates
+from curvlib.testing.exact_cases import check_exact, check_sphere, fixed_networks
 from curvlib.testing.exactness import ExactOn
-from curvlib.testing.identities import Subject
-from curvlib.testing.losses import EVERY_LOSS, LOSSES
-from curvlib.testing.networks import ACTIVATIONS, mlp, networks, with_loss
+from curvlib.testing.identities import Outcome, Subject, UntestedWarning
+from curvlib.testing.losses import LOSSES
+from curvlib.testing.networks import ACTIVATIONS, networks
 from curvlib.testing.operator_suite import check_operator
 from curvlib.testing.oracles import Network
 from curvlib.testing.search import search
+from curvlib.testing.statistic_identities import (
+    draws_are_of_the_generator,
+    of_the_sum_alone,
+    single_precision,
+    twice_the_batch,
+)
 from curvlib.testing.unchanged import Snapshot
 
-# float64 sums of a few hundred products, with room for eigenvectors and large logits.
-_CLOSE = 1e-9
+_NO_EXACTNESS = (
+    "exactness: no number was compared with the exact one, but where the curvature is a multiple of the identity, so "
+    "that a wrong factor, layout or index stays unseen. Say exact_on=ON_BLOCKS, ON_DIAGONAL, ON_TRACE, ONE_EXAMPLE or "
+    "another ExactOn where it is exact; exact_on=NOWHERE if it is nowhere."
+)
 _MATRICES = (GGN(), Fisher(), EmpiricalFisher(), Hessian())
 
 
 def check_approximation(
     approximation: Approximation,
     *,
-    exact_on: ExactOn | None = None,
+    exact_on: ExactOn | Sequence[ExactOn] | None = None,
     semidefinite: bool = True,
     degree: float | None = 1.0,
     averages: bool = True,
@@ -40,7 +51,7 @@ def check_approximation(
     positions: bool = True,
     examples: int = 10,
     draws: int = 200,
-) -> None:
+) -> Outcome:
     """Check an approximation on drawn networks, and against a dense matrix where it claims to be exact.
 
     The networks are multi-layer perceptrons with every loss of :mod:`curvlib.testing`, in float64. An approximation
@@ -48,8 +59,10 @@ def check_approximation(
 
     Args:
         approximation: an instance.
-        exact_on: where it is exact, such as ``EVERYWHERE``, ``ON_BLOCKS``, ``ON_DIAGONAL`` or ``ONE_EXAMPLE``; with
-            random draws, where it is unbiased. None makes no such claim.
+        exact_on: where it is exact, such as ``EVERYWHERE``, ``ON_BLOCKS``, ``ON_DIAGONAL``, ``ON_TRACE`` or
+            ``ONE_EXAMPLE``, or several of these; with random draws, where it is unbiased. ``NOWHERE`` makes no such
+            claim: then no number of it is compared with an exact one but where the curvature is a multiple of the
+            identity. None does the same, with a warning.
         semidefinite: whether no eigenvalue may be negative.
         degree: multiplying the loss by c multiplies the estimate by c^degree: 1 for a curvature, 1/2 for its root, 0
             for the identity; None makes no claim.
@@ -59,35 +72,65 @@ def check_approximation(
         examples: how many networks are drawn.
         draws: how many estimates are averaged where they are random.
 
+    Returns:
+        What was tested, and what was not; ``print`` it.
+
     Raises:
         IdentityError: an identity breaks, with the smallest network that was found.
+
+    Warns:
+        UntestedWarning: ``exact_on`` is None.
 
     Example:
         >>> from curvlib.approximations import Diagonal
         >>> from curvlib.testing import ON_DIAGONAL
-        >>> check_approximation(Diagonal(GGN()), exact_on=ON_DIAGONAL, examples=2)
+        >>> outcome = check_approximation(Diagonal(GGN()), exact_on=ON_DIAGONAL, examples=2)
+        >>> outcome.untested
+        ()
     """
     subject = Subject(repr(approximation))
+    exact = _claimed(exact_on)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        known = _Estimates(approximation, subject, _fixed()[0])
-    claims = _Claims(semidefinite, degree, averages and not known.random)
+        known = Estimates(approximation, subject, fixed_networks()[0])
+        draws_are_of_the_generator(known)
+    claims = _Claims(semidefinite, degree, averages and not known.random, known.random)
 
     def check(network: Network) -> None:
         torch.manual_seed(0)
-        estimates = _Estimates(approximation, subject, network)
-        for part in (_matrix, _scale, _batches, _nothing_else_changes, _follows_the_parameters):
+        estimates = Estimates(approximation, subject, network)
+        for part in (_matrix, _scale, _statistic, _batches, _nothing_else_changes, _follows_the_parameters):
             part(estimates, claims)
 
     losses = [case for case in LOSSES if case.likelihood] if known.random else LOSSES
     drawn = networks(losses, activations=activations, positions=positions, max_examples=4)
     search(drawn, check, examples)
-    if exact_on is not None:
-        _exact(approximation, subject, exact_on, known.random, examples, draws)
+    for claim in exact:
+        check_exact(approximation, subject, claim, known.random, activations, examples, draws)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _one_network(_Estimates(approximation, subject, _fixed()[0]))
+        if exact or (degree is not None and (degree == 1.0 or not known.random)):
+            check_sphere(approximation, subject, exact[0] if exact else None, known.random, degree or 0.0, draws)
+        _one_network(Estimates(approximation, subject, fixed_networks()[0]))
         _undefined_matrices(approximation, subject)
+    return _outcome(subject, exact, claims)
+
+
+def _claimed(exact_on: ExactOn | Sequence[ExactOn] | None) -> tuple[ExactOn, ...]:
+    if exact_on is None:
+        warnings.warn(f"check_approximation without exact_on: {_NO_EXACTNESS}", UntestedWarning, stacklevel=3)
+    return (exact_on,) if isinstance(exact_on, ExactOn) else tuple(exact_on or ())
+
+
+def _outcome(subject: Subject, exact: tuple[ExactOn, ...], claims: _Claims) -> Outcome:
+    untested = []
+    if not exact:
+        untested.append(_NO_EXACTNESS)
+    if claims.degree is None:
+        untested.append("scale: with degree=None, what a multiple of the loss or twice a batch does")
+    if not claims.averages:
+        untested.append("batches: whether an estimate over several is that of one large batch")
+    return Outcome(subject.name, tuple(subject.kept), tuple(untested))
 
 
 @dataclass(frozen=True)
@@ -95,32 +138,10 @@ class _Claims:
     semidefinite: bool
     degree: float | None
     averages: bool
+    random: bool
 
 
-class _Estimates:
-    """An approximation on one network; estimates from generators with the same seed unless told otherwise."""
-
-    def __init__(self, approximation: Approximation, subject: Subject, network: Network) -> None:
-        self.approximation, self.subject, self.network = approximation, subject, network
-        self.objective = network.objective()
-        self.evaluation = self.objective.at(network.batch)
-        self.C = self.dense()
-        self.size = max(1.0, float(self.C.abs().max()))
-        self.random = not torch.equal(self.C, self.dense(seed=1))
-
-    def dense(self, network: Network | None = None, seed: int = 0) -> Tensor:
-        evaluation = self.evaluation if network is None else network.evaluate()
-        operator = self.subject.value(
-            "estimate(evaluation) is defined",
-            lambda: self.approximation.estimate(evaluation, torch.Generator().manual_seed(seed)),
-        )
-        return self.subject.value("estimate(evaluation).to_dense()", operator.to_dense)
-
-    def equal(self, identity: str, got: Tensor | Callable[[], Tensor], expected: Tensor) -> None:
-        self.subject.equal(identity, got, expected, scale=self.size, tolerance=_CLOSE)
-
-
-def _matrix(one: _Estimates, claims: _Claims) -> None:
+def _matrix(one: Estimates, claims: _Claims) -> None:
     C, D, subject = one.C, len(one.network.theta), one.subject
     subject.holds("C is (D, D)", C.shape == (D, D), f"expected {(D, D)}, got {tuple(C.shape)}")
     subject.holds("C has the parameters' dtype", C.dtype == one.network.theta.dtype, f"got {C.dtype}")
@@ -129,11 +150,11 @@ def _matrix(one: _Estimates, claims: _Claims) -> None:
     if claims.semidefinite:
         lowest = float(torch.linalg.eigvalsh(C).min())
         # an eigenvalue has at most the error of the whole matrix
-        subject.holds("no eigenvalue is negative", lowest >= -_CLOSE * one.size * D, f"the smallest is {lowest:.3g}")
+        subject.holds("no eigenvalue is negative", lowest >= -CLOSE * one.size * D, f"the smallest is {lowest:.3g}")
     one.subject.same("the same generator gives the same estimate", one.dense, C)
 
 
-def _scale(one: _Estimates, claims: _Claims) -> None:
+def _scale(one: Estimates, claims: _Claims) -> None:
     network, includes = one.network, one.approximation.includes_l2
     eye = torch.eye(len(one.C), dtype=one.C.dtype)
     shift = 0.7 * eye if includes else 0.0 * eye
@@ -149,10 +170,18 @@ def _scale(one: _Estimates, claims: _Claims) -> None:
     expected = ratio**claims.degree * (one.C - own)
     got = one.dense(changed) - own
     size = max(float(ratio), 1.0) * one.size
-    one.subject.equal(identity, got, expected, scale=size, tolerance=_CLOSE)
+    one.subject.equal(identity, got, expected, scale=size, tolerance=CLOSE)
 
 
-def _batches(one: _Estimates, claims: _Claims) -> None:
+def _statistic(one: Estimates, claims: _Claims) -> None:
+    if claims.degree is None:
+        return  # what has no degree may be any function, such as one of a few directions
+    of_the_sum_alone(one)
+    if not claims.random:
+        twice_the_batch(one, claims.degree)
+
+
+def _batches(one: Estimates, claims: _Claims) -> None:
     network, approximation, subject = one.network, one.approximation, one.subject
     batches = split(network)
     identity = "estimate_over(batches) is defined"
@@ -186,7 +215,7 @@ def split(network: Network) -> list[tuple[Tensor, Tensor | tuple[Tensor, ...]]]:
     return list(zip(inputs.split(sizes), parts, strict=True))
 
 
-def _nothing_else_changes(one: _Estimates, claims: _Claims) -> None:
+def _nothing_else_changes(one: Estimates, claims: _Claims) -> None:
     for parameter in one.network.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = Snapshot(one.network.model)
@@ -196,7 +225,7 @@ def _nothing_else_changes(one: _Estimates, claims: _Claims) -> None:
     one.subject.same("a copy of the model has the same estimate", lambda: one.dense(copied), one.C)
 
 
-def _follows_the_parameters(one: _Estimates, claims: _Claims) -> None:
+def _follows_the_parameters(one: Estimates, claims: _Claims) -> None:
     """The objects that were used at the old parameters are used again at new ones, beside objects never used before."""
     fresh = copy.deepcopy(one.approximation)
     with torch.no_grad():
@@ -208,66 +237,18 @@ def _follows_the_parameters(one: _Estimates, claims: _Claims) -> None:
         (StaleEvaluationError,),
     )
     moved = one.network.copy()
-    expected = _Estimates(fresh, one.subject, moved).C
+    expected = Estimates(fresh, one.subject, moved).C
     identity = "after the parameters have moved, the estimate is that at the new ones"
     again = one.approximation.estimate(one.objective.at(one.network.batch), torch.Generator().manual_seed(0))
     one.equal(identity, again.to_dense, expected)
 
 
-def _exact(
-    approximation: Approximation, subject: Subject, claim: ExactOn, random: bool, examples: int, draws: int
-) -> None:
-    if random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for network in _fixed(min(claim.examples, 3)):
-                _unbiased(approximation, subject, claim, network, draws)
-        return
-    drawn: SearchStrategy = networks(EVERY_LOSS, positions=claim.positions, max_examples=claim.examples)
-
-    def check(network: Network) -> None:
-        estimates = _Estimates(approximation, subject, network)
-        expected = subject.value("the dense matrix", lambda: claim.expected(network, approximation))
-        estimates.equal("C = the dense matrix that it is exact for", estimates.C, expected)
-
-    search(drawn, check, examples)
-
-
-def _unbiased(approximation: Approximation, subject: Subject, claim: ExactOn, network: Network, draws: int) -> None:
-    """Two-sided z-test of every entry; 5 standard errors leave a false alarm below 1e-4 for 100 entries."""
-    evaluation, generator = network.evaluate(), torch.Generator().manual_seed(1)
-    samples = torch.stack([approximation.estimate(evaluation, generator).to_dense() for _ in range(draws)])
-    expected = claim.expected(network, approximation)
-    error = samples.std(0) / draws**0.5
-    z = (samples.mean(0) - expected).abs() / error.clamp(min=1e-12 + 1e-9 * float(expected.abs().max()))
-    identity = "the mean over random draws = the dense matrix"
-    worst = int(z.argmax())
-    subject.holds(
-        identity,
-        float(z.max()) < 5,
-        f"expected {expected.flatten()[worst]:.4g} in entry {divmod(worst, len(expected))}, got a mean of "
-        f"{samples.mean(0).flatten()[worst]:.4g} with standard error {error.flatten()[worst]:.2g} ({network!r})",
-    )
-
-
-def _fixed(examples: int = 3) -> list[Network]:
-    """Small networks with losses in natural parameters, whose labels are drawn without rare ones."""
-    made = []
-    for case, reduction in ((LOSSES[0], "mean"), (LOSSES[2], "sum"), (LOSSES[6], "mean")):
-        model = mlp([2, 2, 3], final=case.ending())
-        inputs = torch.randn(examples, 2, dtype=torch.float64)
-        made.append(with_loss(model, case, inputs, (reduction,), 0.1))  # type: ignore[arg-type]
-    return made
-
-
-def _one_network(one: _Estimates) -> None:
+def _one_network(one: Estimates) -> None:
     C = one.approximation.estimate(one.evaluation, torch.Generator().manual_seed(0))
-    check_operator(C, dense=one.C, tolerance=_CLOSE)
+    check_operator(C, dense=one.C, tolerance=CLOSE)
     names = [row.parameter for row in one.objective.describe(one.approximation).rows]
     one.subject.holds("describe names every parameter once", names == list(one.objective.layout.names), f"got {names}")
-    state = torch.get_rng_state()
-    one.dense()
-    one.subject.same("with a generator, global random numbers are not used", torch.get_rng_state(), state)
+    single_precision(one)
 
 
 def _undefined_matrices(approximation: Approximation, subject: Subject) -> None:
@@ -287,4 +268,4 @@ def _undefined_matrices(approximation: Approximation, subject: Subject) -> None:
         except Exception as error:
             subject.fail(identity, f"raised {type(error).__name__}: {error}")
         else:
-            subject.equal(identity, C, C.T, tolerance=_CLOSE)
+            subject.equal(identity, C, C.T, tolerance=CLOSE)

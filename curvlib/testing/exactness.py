@@ -25,6 +25,11 @@ def whole(M: Matrix, evaluation: Evaluation) -> Matrix:
     return M
 
 
+def itself(M: Matrix) -> Matrix:
+    """Return M."""
+    return M
+
+
 def layer_blocks(M: Matrix, evaluation: Evaluation) -> Matrix:
     """Return M with zeros between different layers."""
     mask = torch.zeros_like(M, dtype=torch.bool)
@@ -66,6 +71,7 @@ class ExactOn:
         part: (M, evaluation) -> the part of M that the estimate keeps, such as :func:`layer_blocks`.
         matrix: network -> M, the curvature of the loss without the l2 term; by default that of the approximation's
             ``matrix``, by brute force.
+        compared: (D, D) -> what of both matrices is compared, such as ``torch.trace``.
         examples: the most examples that a network may have for this to hold.
         positions: whether it holds for inputs at several positions.
 
@@ -76,8 +82,14 @@ class ExactOn:
 
     part: Callable[[Matrix, Evaluation], Matrix] = whole
     matrix: Callable[[Network], Matrix] | None = None
+    compared: Callable[[Matrix], Tensor] = itself
     examples: int = 4
     positions: bool = True
+
+    @property
+    def note(self) -> str:
+        """What is compared, where that is not the whole matrix."""
+        return "" if self.compared is itself else f", compared by {getattr(self.compared, '__name__', self.compared)}"
 
     def expected(self, network: Network, approximation: Any) -> Matrix:
         """Return what the estimate has to be, the l2 term included where the approximation has it."""
@@ -89,4 +101,6 @@ class ExactOn:
 EVERYWHERE = ExactOn()
 ON_BLOCKS = ExactOn(part=layer_blocks)
 ON_DIAGONAL = ExactOn(part=diagonal_entries)
+ON_TRACE = ExactOn(compared=torch.trace)
 ONE_EXAMPLE = ExactOn(part=layer_blocks, examples=1, positions=False)
+NOWHERE: tuple[ExactOn, ...] = ()

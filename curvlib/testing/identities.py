@@ -7,6 +7,7 @@ identity as well.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +33,29 @@ class IdentityError(AssertionError):
         super().__init__(f"{subject} breaks the identity: {identity}\n\n{problem}{where}")
 
 
+class UntestedWarning(UserWarning):
+    """A suite was not told what it needs to test an important property."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a suite has found, where nothing broke; ``str(outcome)`` says in words what was not tested.
+
+    Attributes:
+        subject: what was tested.
+        kept: the identities that held.
+        untested: the properties that nothing was said of, so that errors there stay unseen.
+    """
+
+    subject: str
+    kept: tuple[str, ...]
+    untested: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.subject} keeps {len(self.kept)} identities"]
+        return "\n".join([*lines, *(f"  NOT TESTED: {line}" for line in self.untested)])
+
+
 def rounding(dtype: torch.dtype) -> float:
     """Return the relative difference that rounding may make: 1e-12 in float64, 6e-4 in float32."""
     return _ROUNDINGS * torch.finfo(dtype).eps
@@ -52,6 +76,7 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.kept: dict[str, None] = {}  # in the order of the first time
 
     def value(self, identity: str, given: Any) -> Any:
         """Return what ``given`` is, or gives when it is called."""
@@ -92,6 +117,7 @@ class Subject:
             if have != want:
                 self.fail(identity, f"expected the {name} {want}, got {have}")
         if not wanted.numel():
+            self.kept[identity] = None
             return
         actual, wanted = actual.detach(), wanted.detach()
         tolerance = rounding(wanted.dtype) if tolerance is None else tolerance
@@ -103,17 +129,20 @@ class Subject:
                 f"expected {_shown(wanted)}\ngot      {_shown(actual)}\nlargest difference {difference:.3g}, allowed "
                 f"{bound:.3g}",
             )
+        self.kept[identity] = None
 
     def same(self, identity: str, got: Tensor | Callable[[], Tensor], expected: Tensor) -> None:
         """Check that two tensors are equal bit for bit."""
         actual = self.value(identity, got)
         if actual.shape != expected.shape or actual.dtype != expected.dtype or not torch.equal(actual, expected):
             self.fail(identity, f"expected, bit for bit, {_shown(expected)}\ngot {_shown(actual)}")
+        self.kept[identity] = None
 
     def holds(self, identity: str, condition: bool, problem: str) -> None:
         """Check that a condition is true; ``problem`` says what was expected and what came."""
         if not condition:
             self.fail(identity, problem)
+        self.kept[identity] = None
 
     def refuses(
         self, identity: str, call: Callable[[], Any], errors: tuple[type[Exception], ...], *words: str
@@ -126,6 +155,7 @@ class Subject:
             missing = [word for word in words if word not in str(error)]
             if missing:
                 self.fail(identity, f"expected a message that names {', '.join(missing)}, got {str(error)!r}")
+            self.kept[identity] = None
             return error
         except Exception as error:
             raise IdentityError(

@@ -59,6 +59,7 @@ def check_layer(module: nn.Module | SearchStrategy, inputs: Any = None, *, examp
         _one_call(subject, case)
         _frozen_parts(subject, case)
         _several_calls(subject, case)
+        _single_precision(subject, case)
 
     search(cases, check, examples if isinstance(module, SearchStrategy) else 1)
 
@@ -73,7 +74,7 @@ def _one_call(subject: Subject, case: LayerCase, note: str = "") -> None:
     network = Network(case.module, nn.MSELoss(reduction="sum"), case.inputs, None)
     outputs = subject.value("the module gives a tensor", lambda: network.outputs(network.theta).detach())
     network.targets, v = torch.randn_like(outputs), torch.randn_like(outputs)
-    before = Snapshot(case.module)
+    before, given = Snapshot(case.module), copy.deepcopy(case.inputs)
     evaluation = subject.value(f"the module can be evaluated{note}", network.evaluate)
     outside = evaluation.plan.unsupported
     subject.holds(f"every parameter belongs to a layer{note}", not outside, f"outside: {outside}")
@@ -81,14 +82,18 @@ def _one_call(subject: Subject, case: LayerCase, note: str = "") -> None:
     J = network.jacobian().reshape(len(v), -1, evaluation.layout.size)
     size = float(J.abs().max()) * (J.shape[1] + 1)
     _gradients(subject, evaluation, v, torch.einsum("no,nod->nd", v.flatten(1), J), size, note)
+    before.compare(subject, "an evaluation")
+    for now, then in zip(_tensors(case.inputs), _tensors(given), strict=True):
+        subject.same(f"an evaluation leaves the module's inputs as they were{note}", now, then)
     rows = J.flatten(0, 1)
     _blocks(subject, evaluation, 2.0 * rows.T @ rows, note)
-    before.compare(subject, "an evaluation")
+    before.compare(subject, "an estimate")
 
 
 def _gradients(subject: Subject, evaluation: Evaluation, v: Tensor, expected: Tensor, size: float, note: str) -> None:
     rebuilt = torch.zeros_like(expected)
-    for factors in subject.value(f"(a, g) of every layer{note}", lambda: list(evaluation.layer_factors(v))):
+    found = subject.value(f"(a, g) of every layer{note}", lambda: list(evaluation.layer_factors(v)))
+    for factors in found:
         layer = factors.layer
         identity = f"per-example gradients of (a, g){note}"
         rows = subject.value(identity, partial(_per_example_gradients, factors))
@@ -96,9 +101,10 @@ def _gradients(subject: Subject, evaluation: Evaluation, v: Tensor, expected: Te
         squares = subject.value(f"sums of squares of (a, g){note}", factors.squared_gradients)
         identity = f"squared_gradients = sum of squares of the per-example gradients{note}"
         subject.equal(identity, squares, rows.square().sum(0), scale=size**2, tolerance=_EXACT)
-        _shapes(subject, layer, factors.maps, len(v), note)
     identity = f"sum_t g_t a_t^T = J_n^T v of every example n{note}"
     subject.equal(identity, rebuilt, expected, scale=size, tolerance=_EXACT)
+    for factors in found:
+        _shapes(subject, factors.layer, factors.maps, len(v), note)
 
 
 def _per_example_gradients(factors: LayerFactors) -> Tensor:
@@ -140,6 +146,20 @@ def _blocks(subject: Subject, evaluation: Evaluation, dense: Tensor, note: str) 
         subject.equal(identity, blocks[rows, columns], expected, scale=dense.abs().max(), tolerance=_EXACT)
 
 
+def _single_precision(subject: Subject, case: LayerCase) -> None:
+    """In a float32 module a and g are float32."""
+    module, inputs = copy.deepcopy(case.module).float(), _moved(case.inputs, lambda x: x.float())
+    network = Network(module, nn.MSELoss(reduction="sum"), inputs, None)
+    outputs = network.outputs(network.theta).detach()
+    network.targets = torch.zeros_like(outputs)
+    for factors in network.evaluate().layer_factors(torch.ones_like(outputs)):
+        for part in factors.maps:
+            if isinstance(part, DenseFactors):
+                types = {part.a.dtype, part.g.dtype}
+                identity = "in float32, a and g are float32"
+                subject.holds(identity, types == {torch.float32}, f"got {types} of {factors.layer.name!r}")
+
+
 def _frozen_parts(subject: Subject, case: LayerCase) -> None:
     trained = [name for name, parameter in case.module.named_parameters() if parameter.requires_grad]
     if len(trained) > _MOST_FROZEN:
@@ -176,3 +196,12 @@ def _moved(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_moved(item, function) for item in value)
     return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors inside."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for item in value for x in _tensors(item)] if isinstance(value, (tuple, list)) else []

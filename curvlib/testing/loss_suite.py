@@ -6,7 +6,7 @@ Hessian.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,9 +49,16 @@ def check_loss(case: LossCase, *, examples: int = 20, draws: int = 3000) -> None
 
     def check(given: tuple[tuple[int, ...], int]) -> None:
         batch = _batch(subject, case, *given)
+        before = _clones(batch)
         for part in (_values, _derivatives, _reduction, _empirical, _root, _precision):
             part(batch)
+            _same_inputs(batch, before)
         _draws(batch, case)
+        _same_inputs(batch, before)
+        # the same objects at other outputs
+        moved = replace(batch, z=0.5 * batch.z + 0.1)
+        _derivatives(moved, ", at other outputs than before")
+        _root(moved, ", at other outputs than before")
 
     shapes = st.tuples(st.integers(1, 3), st.sampled_from(_SHAPES)).map(lambda drawn: (drawn[0], *drawn[1]))
     search(st.tuples(shapes, st.integers(0, 2**16)), check, examples)
@@ -115,22 +122,34 @@ def _values(batch: _Batch) -> None:
         batch.subject.holds("additive says whether it is a sum", loss.additive == additive, f"got {loss.additive}")
 
 
-def _derivatives(batch: _Batch) -> None:
+def _clones(batch: _Batch) -> list[Tensor]:
+    y = batch.y if isinstance(batch.y, tuple) else (batch.y,)
+    return [x.clone() for x in (batch.z, *y) if isinstance(x, Tensor)]
+
+
+def _same_inputs(batch: _Batch, given: list[Tensor]) -> None:
+    for now, then in zip(_clones(batch), given, strict=True):
+        changed = (now != then) & ~(now.isnan() & then.isnan())
+        identity = "a loss leaves outputs and targets as they were"
+        batch.subject.holds(identity, not bool(changed.any()), f"expected {then}, got {now}")
+
+
+def _derivatives(batch: _Batch, note: str = "") -> None:
     z, y = batch.z, batch.y
     for reduction, loss in batch.losses.items():
         leaf = z.clone().requires_grad_()
         expected = torch.autograd.grad(loss.value(leaf, y), leaf)[0]
-        batch.equal("gradient = dL/dz", partial(loss.gradient, z, y), expected)
+        batch.equal(f"gradient = dL/dz{note}", partial(loss.gradient, z, y), expected)
         H = batch.hessian(reduction)
         between = H.clone()
         for n in range(len(z)):
             between[n, :, n] = 0
         batch.subject.holds("examples do not meet: H is block diagonal", not between.any(), f"got {between}")
-        columns = batch.subject.value("linearize(z, y)(V) = H V", partial(_columns, loss, z, y))
-        batch.equal("linearize(z, y)(V) = H V", columns, H.reshape(z.numel(), z.numel()))
+        columns = batch.subject.value(f"linearize(z, y)(V) = H V{note}", partial(_columns, loss, z, y))
+        batch.equal(f"linearize(z, y)(V) = H V{note}", columns, H.reshape(z.numel(), z.numel()))
         V = torch.randn_like(z)
         HV = (H.reshape(z.numel(), -1) @ V.flatten()).view_as(z)
-        batch.equal("hessian_product(z, y, V) = H V", partial(loss.hessian_product, z, y, V), HV, z.numel())
+        batch.equal(f"hessian_product(z, y, V) = H V{note}", partial(loss.hessian_product, z, y, V), HV, z.numel())
 
 
 def _columns(loss: OutputLoss, z: Tensor, y: Any) -> Tensor:
@@ -152,17 +171,18 @@ def _root_vectors(loss: OutputLoss, z: Tensor, y: Any) -> list[Tensor]:
     return list(loss.hessian_sqrt(z, y))
 
 
-def _root(batch: _Batch) -> None:
+def _root(batch: _Batch, note: str = "") -> None:
     z, y = batch.z, batch.y
+    leaf = z.clone().requires_grad_()
     for reduction, loss in batch.losses.items():
-        identity = "sum_k v_k v_k^T = H_n for the vectors of hessian_sqrt"
-        vectors = batch.subject.value(identity, partial(_root_vectors, loss, z, y))
+        identity = f"sum_k v_k v_k^T = H_n for the vectors of hessian_sqrt{note}"
+        vectors = batch.subject.value(identity, partial(_root_vectors, loss, leaf, y))
         shapes = {tuple(v.shape) for v in vectors}
         batch.subject.holds("hessian_sqrt gives vectors of z's shape", shapes <= {tuple(z.shape)}, f"got {shapes}")
         flat = torch.stack([v.flatten(1) for v in vectors]) if vectors else z.new_zeros(0, *z.flatten(1).shape)
         batch.subject.holds("hessian_sqrt gives at most O vectors", len(flat) <= z[0].numel(), f"got {len(flat)}")
         batch.equal(identity, torch.einsum("kno,knp->nop", flat, flat), batch.blocks(reduction))
-        results = [loss.gradient(z.clone().requires_grad_(), y), *vectors]
+        results = [loss.gradient(leaf, y), loss.empirical_gradient(leaf, y), *vectors]
         batch.subject.holds("results carry no graph", not any(x.requires_grad for x in results), "one has a graph")
 
 
@@ -202,6 +222,10 @@ def _draws(batch: _Batch, case: LossCase) -> None:
             return loss.sample_gradient(z, y, torch.Generator().manual_seed(seed))
 
         v = subject.value("sample_gradient(z, y, generator)", lambda: sample(0))
+        subject.holds("sample_gradient has z's type", v.dtype == z.dtype, f"got {v.dtype}")
+        counted = loss.counted(z, y)
+        if counted is not None:
+            subject.holds("no gradient is drawn for examples that do not count", not v[~counted].any(), f"got {v}")
         subject.holds("sample_gradient has z's shape", v.shape == z.shape, f"got {tuple(v.shape)}")
         state = torch.get_rng_state()
         subject.same("the same generator gives the same draw", lambda: sample(0), v)
@@ -215,6 +239,9 @@ def _moments(batch: _Batch, case: LossCase, draws: int) -> None:
         z, y = batch.z, batch.y
         v = torch.stack([loss.sample_gradient(z, y, generator).flatten(1) for _ in range(draws)])
         _z_test(batch.subject, f"drawn gradients have mean zero ({reduction})", v, torch.zeros_like(v[0]))
+        between = torch.einsum("ko,kp->kop", v[:, 0], v[:, 1])
+        identity = f"drawn gradients of different examples are independent ({reduction})"
+        _z_test(batch.subject, identity, between, torch.zeros_like(between[0]))
         if case.natural:
             products = torch.einsum("kno,knp->knop", v, v)
             identity = f"E[v_n v_n^T] = H_n for drawn gradients v ({reduction})"

@@ -19,12 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.operators import Diagonal, Identity, LinearOperator, OperatorError, operator_from_state_dict
-from curvlib.solvers import damped_inverse, eigendecompose
+from curvlib.solvers import SolveError, damped_inverse, eigendecompose
 from curvlib.testing.identities import Subject, rounding
 from curvlib.testing.numbers import Draw, draw
 from curvlib.testing.search import search
 
 Operators = LinearOperator | SearchStrategy
+# Numbers of columns beside the drawn ones: implementations change their way at some width, such as a power of two.
+_WIDE = (5, 8, 17, 33, 257)
 # For one operator the vectors alone are drawn.
 _EXAMPLES_OF_ONE = 3
 
@@ -85,6 +87,7 @@ class _Matrix(Subject):
         self.holds("C.size is D", isinstance(size, int) and size >= 1, f"expected an integer >= 1, got {size!r}")
         self.tolerance = rounding(C.dtype) if tolerance is None else tolerance
         self.v, self.V, self.W = d.normal(size), d.normal(size, columns), d.normal(size, columns)
+        self.wide = d.normal(size, max(_WIDE))
         self.given = M is not None
         self.M = self.value("C @ e_i = column i of C", self._columns) if M is None else M
         self.scale = size * max(float(self.M.abs().max()), torch.finfo(C.dtype).tiny)
@@ -111,11 +114,27 @@ def _products(one: _Matrix) -> None:
     one.near("C @ v = first column of C @ (v, V)", lambda: (C @ both)[:, 0], M @ v, 3)
     one.near("C @ V does not depend on strides", lambda: C @ V.T.contiguous().T, M @ V, 3)
     one.near("C (2 V - W) = 2 C V - C W", lambda: C @ (2.0 * V - W), 2.0 * (M @ V) - M @ W, 10)
+    for K in _WIDE:
+        columns = one.wide[:, :K].contiguous()
+        one.near(f"C @ V of {K} columns = the matrix times V", partial(C.__matmul__, columns), M @ columns, 3)
+
+
+def _frozen(one: _Matrix) -> None:
+    """Products are tensors of their own, and C is afterwards what it was."""
+    C, both = one.C, torch.cat([one.v.unsqueeze(1), one.V], dim=1)
     product = one.value("C @ V", lambda: C @ both)
     one.same("repeated products are the same: C is a frozen value", lambda: C @ both, product)
+    one.holds("C @ V carries no graph", not product.requires_grad, "its result requires a gradient")
+    shared = product.untyped_storage().data_ptr() == both.untyped_storage().data_ptr()
+    one.holds("C @ V is no view of V", not shared, "writing into the result would change V")
+    expected = product.clone()
+    one.value("C @ V", lambda: C @ (2.0 * both))
+    one.same("a later product leaves an earlier one as it is", product, expected)
+    one.value("C @ V", lambda: C @ both).mul_(2.0)
+    one.same("writing into C @ V leaves C as it is", lambda: C @ both, expected)
     with torch.autocast(C.device.type, dtype=torch.bfloat16):
         inside = one.value("C @ V inside autocast", lambda: C @ both)
-    one.same("C @ V inside autocast = C @ V", inside, product)
+    one.same("C @ V inside autocast = C @ V", inside, expected)
 
 
 def _symmetric(one: _Matrix) -> None:
@@ -123,6 +142,8 @@ def _symmetric(one: _Matrix) -> None:
     one.near("C = C^T", lambda: columns, columns.T)
     one.near("C @ e_i = column i of C", lambda: columns, one.M)
     one.near("C.to_dense() = the matrix of the products", one.C.to_dense, one.M)
+    zero = torch.zeros_like(one.v)
+    one.near("C @ 0 = 0", lambda: one.C @ zero, zero)
 
 
 def _entries(one: _Matrix) -> None:
@@ -139,8 +160,12 @@ def _entries(one: _Matrix) -> None:
     along = torch.einsum("ij,ajk->aik", M, X)
     one.near("C.apply_along(X, 1) = C on dimension 1 of X", lambda: C.apply_along(X, 1), along, 3)
     one.near("C.apply_along(X, -1) = C on the last one", lambda: C.apply_along(X.mT.contiguous(), -1), along.mT, 3)
+    first = along.movedim(1, 0)
+    one.near("C.apply_along(X, 0) = C on the first one", lambda: C.apply_along(X.movedim(1, 0), 0), first, 3)
     scipy = one.value("C.to_scipy() @ v = C @ v", lambda: torch.as_tensor(C.to_scipy() @ v.cpu().numpy()))
     one.near("C.to_scipy() @ v = C @ v", lambda: scipy.to(v), M @ v, 3)
+    columns = one.value("C.to_scipy() @ V = C @ V", lambda: torch.as_tensor(C.to_scipy() @ V.cpu().numpy()))
+    one.near("C.to_scipy() @ V = C @ V", lambda: columns.to(v), M @ V, 3)
 
 
 def _arguments(one: _Matrix) -> None:
@@ -194,6 +219,9 @@ def _after(A: Tensor, X: LinearOperator, b: Tensor) -> Tensor:
 def _inverses(one: _Matrix) -> None:
     C, M = one.C, one.M
     _undoes(one, "damped_inverse(C, lambda) @ (C + lambda I) v = v", C, M)
+    for damping in _indefinite(one):
+        identity = "damped_inverse(C, lambda) refuses a C + lambda I with a negative eigenvalue"
+        one.refuses(identity, lambda: damped_inverse(C, damping) @ one.v, (SolveError,))  # noqa: B023
     E = one.value("eigendecompose(C) = C", lambda: eigendecompose(C))
     one.near("eigendecompose(C) = C", E.to_dense, M, 10)
     _undoes(one, "damped_inverse(eigendecompose(C), lambda) @ (C + lambda I) v = v", E, M)
@@ -204,21 +232,41 @@ def _inverses(one: _Matrix) -> None:
         spectrum = None
     if spectrum is not None:
         one.near("C.spectrum() = eigenvalues of the matrix", lambda: spectrum.sort().values, eigenvalues, 10)
-    damping = max(0.0, -one.lowest) + (float(M.abs().max()) or 1.0)
+    _determinant(one, eigenvalues)
+
+
+def _determinant(one: _Matrix, eigenvalues: Tensor) -> None:
+    """Where there is a determinant, it is that of C + lambda I, which has to be positive definite."""
+    C, size = one.C, float(one.M.abs().max()) or 1.0
     try:
-        logdet = C.logdet(damping)
+        C.logdet(max(0.0, -one.lowest) + size)
     except OperatorError:
-        return
-    expected = (eigenvalues + damping).log().sum()
-    scale = C.size * (1.0 + float((eigenvalues + damping).log().abs().max()))
-    # eigenvalues have the error of the largest one, at most 2 D times lambda
-    one.equal(
-        "C.logdet(lambda) = sum of log(e + lambda)",
-        lambda: logdet,
-        expected,
-        scale=scale,
-        tolerance=10 * C.size * one.tolerance,
-    )
+        return  # the structure does not give it
+    for share in (1.0, 0.1):
+        damping = max(0.0, -one.lowest) + share * size
+        logarithms = (eigenvalues + damping).log()
+        # eigenvalues have the error of the largest one, at most D / share times lambda
+        one.equal(
+            "C.logdet(lambda) = sum of log(e + lambda)",
+            partial(C.logdet, damping),
+            logarithms.sum(),
+            scale=C.size * (1.0 + float(logarithms.abs().max())),
+            tolerance=10 * C.size / share * one.tolerance,
+        )
+    # one, half and all of the eigenvalues negative: an even number of them leaves the determinant positive
+    for count in {1, (C.size + 1) // 2, C.size}:
+        damping = -float(eigenvalues[count - 1]) - 0.1 * size
+        one.refuses(
+            "C.logdet(lambda) refuses a C + lambda I with a negative eigenvalue",
+            partial(C.logdet, damping),
+            (ArithmeticError, OperatorError, ValueError),
+        )
+
+
+def _indefinite(one: _Matrix) -> tuple[float, ...]:
+    """Return dampings that leave a negative eigenvalue clear of rounding, if there are such."""
+    clear = one.lowest < -0.1 * float(one.M.abs().max())
+    return (0.0, -0.5 * one.lowest) if clear else ()
 
 
 def _state(one: _Matrix) -> None:
@@ -247,4 +295,4 @@ def _semidefinite(one: _Matrix) -> None:
     one.holds("no eigenvalue is negative", one.lowest >= bound, f"expected at least 0, got {one.lowest:.3g}")
 
 
-_PARTS = (_products, _symmetric, _entries, _arguments, _inverses, _arithmetic, _state)
+_PARTS = (_products, _frozen, _symmetric, _entries, _arguments, _inverses, _arithmetic, _state)

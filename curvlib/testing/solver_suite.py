@@ -5,6 +5,7 @@ Symbols: C (D, D) the operator, lambda the damping, A = C + lambda I, X what the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,11 +16,13 @@ from hypothesis.strategies import SearchStrategy
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.operators import Dense, LinearOperator, LowRank, MatrixFree
+from curvlib.operators import Dense, Diagonal, LinearOperator, LowRank, MatrixFree
 from curvlib.testing.identities import Subject
 from curvlib.testing.numbers import draw, semidefinite_matrices
 from curvlib.testing.search import search
 
+# Columns of a wide right-hand side, beside the few that are drawn.
+_WIDE = 40
 Solver = Callable[[LinearOperator, float], LinearOperator]
 Inverse = Callable[[LinearOperator, float], Float[Tensor, "D D"]]
 
@@ -70,7 +73,11 @@ def check_solver(
     search(inputs, check, examples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if operators is None:
+            _sizes_and_types(subject, solver, tolerance)
+            _outcome_of_solve(subject, solver)
         _arguments(subject, solver)
+        _singular(subject, solver)
         _not_finite(subject, solver)
         _indefinite(subject, solver, refuses_indefinite)
 
@@ -103,27 +110,82 @@ def _inverts(
     seed: int,
 ) -> None:
     d = draw(seed, C.device, dtype=C.dtype)
+    as_it_was = C.to_dense().clone()
     b, B = d.normal(C.size), d.normal(C.size, columns)
     before = b.clone(), B.clone()
+    expected = inverse(C, damping)
     X = subject.value("solver(C, lambda)", lambda: solver(C, damping))
     kind = isinstance(X, LinearOperator) and X.shape == C.shape
     subject.holds("solver(C, lambda) is an operator of C's shape", kind, f"got {X!r}")
-    expected = inverse(C, damping)
     size = C.size * float(expected.abs().max()) * max(1.0, float(b.abs().max()))
 
     def near(identity: str, got: Callable[[], Tensor], wanted: Tensor) -> None:
         subject.equal(identity, got, wanted, scale=size, tolerance=tolerance)
 
     near("X @ b = (C + lambda I)^-1 b", lambda: X @ b, expected @ b)
+    subject.same("solver(C, lambda) @ b leaves C as it is", C.to_dense, as_it_was)
     both = torch.cat([b.unsqueeze(1), B, torch.zeros_like(b).unsqueeze(1)], dim=1)
     near("X @ B = (C + lambda I)^-1 B, column by column", lambda: X @ both, expected @ both)
     near("X @ B of as many columns as there are", lambda: X @ B, expected @ B)
+    wide = d.normal(C.size, _WIDE)
+    near(f"X @ B of {_WIDE} columns", lambda: X @ wide, expected @ wide)
+    near("X @ 0 = 0", lambda: X @ torch.zeros_like(b), torch.zeros_like(b))
     near("X @ (s b) = s X @ b", lambda: (X @ (1e-3 * b)) * 1e3, expected @ b)
     unchanged = torch.equal(b, before[0]) and torch.equal(B, before[1])
     subject.holds("X @ b leaves b as it is", unchanged, f"expected {before}, got {(b, B)}")
     other = inverse(C, 4.0 * damping)
     near("a new damping counts", lambda: solver(C, 4.0 * damping) @ b, other @ b)
     near("and the old one again", lambda: solver(C, damping) @ b, expected @ b)
+
+
+def _sizes_and_types(subject: Subject, solver: Solver, tolerance: float) -> None:
+    """Small and large numbers, and float32, on a well-conditioned matrix."""
+    d = draw(0)
+    Q, e, b = d.orthogonal(5), torch.linspace(0.5, 2.0, 5, dtype=torch.float64), d.normal(5)
+    M = (Q * e) @ Q.T
+    expected = dense_inverse(Dense(M), 0.5) @ b
+    for s in (1e-8, 1e8):
+        identity = f"solver(s C, s lambda) @ b = solver(C, lambda) @ b / s for s = {s:g}"
+        got = partial(_solve, solver, Dense(s * M), 0.5 * s, b)
+        subject.equal(identity, got, expected / s, scale=float((expected / s).abs().max()), tolerance=10 * tolerance)
+    small = partial(_solve, solver, Dense(M.float()), 0.5, b.float())
+    # the condition number 2.5 times the roundings of float32, or what was allowed
+    tolerance = max(1e-4, 10 * tolerance)
+    subject.equal("in float32, X @ b = (C + lambda I)^-1 b in float32", small, expected.float(), tolerance=tolerance)
+
+
+def _outcome_of_solve(subject: Subject, solver: Solver) -> None:
+    """Where X has a ``solve`` with a status and a start, both mean what they say."""
+    d = draw(1)
+    b, start = d.normal(6), d.normal(6)
+    C = Diagonal(torch.linspace(1.0, 4.0, 6, dtype=torch.float64))
+    solve: Any = getattr(subject.value("solver(C, lambda)", lambda: solver(C, 0.5)), "solve", None)
+    if solve is None:
+        return
+    for identity, call in (("solve(b)", lambda: solve(b)), ("solve(b, x0)", lambda: solve(b, start))):
+        solution = subject.value(identity, call)
+        residual = (b - C @ solution.x - 0.5 * solution.x).norm() / b.norm()
+        close = float((residual - solution.residual_norm).abs()) <= 1e-10
+        said = f"said {float(solution.residual_norm):.3g}, is {float(residual):.3g}"
+        subject.holds(f"{identity}.residual_norm = |b - (C + lambda I) x| / |b|", close, said)
+        solved = solution.solved == (float(residual) < 1e-4)
+        subject.holds(f"{identity}.solved says whether it is", solved, f"got {solution}")
+    there = subject.value("solve(b, x0)", lambda: solve(b, b / (C.diagonal() + 0.5)))
+    identity = "solve(b, x0) starts at x0: at the solution it takes no iteration, or one"
+    subject.holds(identity, there.iterations <= 1, f"got {there}")
+
+
+def _singular(subject: Subject, solver: Solver) -> None:
+    """Without damping, a singular C has no inverse: an error, a warning, or an x that solves what can be solved."""
+    e = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    b = torch.ones(3, dtype=torch.float64)
+    identity = "a singular C without damping, with b outside of its range, is refused or warned of"
+    for C in (Dense(torch.diag(e)), _matrix_free(torch.diag(e)), Diagonal(e)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x, _ = _outcome(solver, C, 0.0, b)
+        silent = x is not None and bool(x.isfinite().all()) and not caught
+        subject.holds(identity, not silent, f"got {x} for {C!r}, and no x solves the system")
 
 
 def _arguments(subject: Subject, solver: Solver) -> None:

@@ -21,8 +21,11 @@ from curvlib.approximations import (
     Exact,
     HutchinsonDiagonal,
     Identity,
+    LanczosTruncation,
     LowRank,
+    Nystrom,
     PerLayer,
+    RandomizedSketch,
     RootDiagonal,
     RootMeanSquareDiagonal,
     StructuralDamping,
@@ -42,8 +45,10 @@ from curvlib.solvers import (
 )
 from curvlib.testing import (
     EVERYWHERE,
+    NOWHERE,
     ON_BLOCKS,
     ON_DIAGONAL,
+    ON_TRACE,
     ONE_EXAMPLE,
     ExactOn,
     LayerCase,
@@ -58,7 +63,7 @@ from curvlib.testing import (
     recurrent_layers,
     transposed_convolutions,
 )
-from curvlib.testing.exactness import diagonal_entries, matrix_of_loss
+from curvlib.testing.exactness import diagonal_entries, layer_blocks, matrix_of_loss
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,24 @@ def ggn(network):
     return matrix_of_loss(network, GGN())
 
 
+def leading(M, evaluation):
+    """The two eigenvalues that are largest by size, with their vectors."""
+    e, Q = torch.linalg.eigh(M)
+    kept = e.abs().argsort(descending=True)[:2]
+    return (Q[:, kept] * e[kept]) @ Q[:, kept].T
+
+
+def eigenvalues(M):
+    return torch.linalg.eigvalsh(M)
+
+
+BLOCKS_OF_ONE = ExactOn(matrix=ggn, part=layer_blocks, examples=1, positions=False)
+TRACE_OF_ONE = ExactOn(compared=torch.trace, examples=1, positions=False)
+# With as many columns or steps as parameters, nothing is cut off but by the rank.
+OF_RANK_100 = (RandomizedSketch(100), Nystrom(100), LanczosTruncation(100))
+OF_RANK_2 = (RandomizedSketch(2, oversampling=100), LanczosTruncation(2, steps=100))
+# Of equal eigenvalues any vectors may be kept, so that eigenvalues alone are determined, by the random draws beside C.
+LEADING = {"exact_on": ExactOn(part=leading, compared=eigenvalues), "degree": None, "averages": False}
 SUM = 0.5 * Diagonal(GGN()) + 2.0 * BlockDiagonal(GGN())
 
 
@@ -107,19 +130,21 @@ APPROXIMATIONS = (
     Case(BlockDiagonal(Hessian()), {"exact_on": ON_BLOCKS, "semidefinite": False}),
     Case(Diagonal(Hessian()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
     *(Case(KFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
-    *(Case(EKFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher())),
-    Case(TridiagonalKFAC(GGN()), {"positions": False}),
-    Case(KFRA(GGN()), {"positions": False, "activations": (nn.Tanh, nn.ReLU)}),
+    *(Case(EKFAC(matrix), {"exact_on": (ONE_EXAMPLE, ON_TRACE)}) for matrix in (GGN(), EmpiricalFisher())),
+    Case(TridiagonalKFAC(GGN()), {"exact_on": TRACE_OF_ONE, "positions": False}),
+    Case(KFRA(GGN()), {"exact_on": ONE_EXAMPLE, "positions": False, "activations": (nn.Tanh, nn.ReLU)}),
     Case(RootDiagonal(GGN()), {"exact_on": ExactOn(part=root), "degree": 0.5}),
     Case(RootMeanSquareDiagonal(Dense(Hessian())), {"exact_on": ExactOn(matrix=absolute), "averages": False}),
     Case(HutchinsonDiagonal(GGN()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
     Case(LowRank(GGN()), {"exact_on": EVERYWHERE}),
     Case(LowRank(Fisher(samples=2)), {"exact_on": EVERYWHERE}),
+    *(Case(LowRank(GGN(), method=method), {"exact_on": EVERYWHERE}) for method in OF_RANK_100),
+    *(Case(LowRank(GGN(), method=method), LEADING) for method in OF_RANK_2),
     Case(Identity(), {"exact_on": ExactOn(matrix=unit), "degree": 0.0}),
-    Case(PerLayer([("0", BlockDiagonal(GGN()))], otherwise=KFAC(GGN())), {}),
+    Case(PerLayer([("0", BlockDiagonal(GGN()))], otherwise=KFAC(GGN())), {"exact_on": BLOCKS_OF_ONE}),
     Case(PerLayer([], otherwise=Diagonal(GGN())), {"exact_on": ExactOn(matrix=ggn, part=diagonal_entries)}),
     # its scale is that of the examples, whatever the loss divides by
-    Case(StructuralDamping(modules=(nn.Linear,)), {"degree": None}),
+    Case(StructuralDamping(modules=(nn.Linear,)), {"exact_on": NOWHERE, "degree": None}),
     Case(SUM, {"exact_on": ExactOn(matrix=ggn, part=weighted)}),
     Case(1.0 * Exact(GGN()) + 0.0 * Exact(Hessian()), {"exact_on": ExactOn(matrix=ggn)}),
 )

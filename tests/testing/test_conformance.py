@@ -8,6 +8,7 @@ from conformance_cases import APPROXIMATIONS, ITERATIVE, LAYERS, SOLVERS
 from operator_cases import CASES
 
 import curvlib
+from curvlib.approximations import LowRank, LowRankMethod
 from curvlib.extensions.rule import _RULES
 from curvlib.operators import Dense, LinearOperator
 from curvlib.output_losses import OutputLoss, output_loss
@@ -22,8 +23,11 @@ from curvlib.testing import (
     draws,
 )
 
-# PyTorch's own word on its speed, not on its result
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+# PyTorch's own words on its speed, not on its results
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 PARTS = ("approximations", "extensions", "operators", "optimizers", "output_losses", "solvers", "spectra")
 
@@ -81,6 +85,11 @@ def test_every_approximation_has_a_case():
 @pytest.mark.parametrize("case", APPROXIMATIONS, ids=str)
 def test_approximation(case):
     check_approximation(case.tested, **case.claims, examples=3, draws=80)
+
+
+def test_every_method_of_low_rank_has_a_case():
+    methods = {type(case.tested.method) for case in APPROXIMATIONS if isinstance(case.tested, LowRank)}
+    uncovered(concrete(LowRankMethod) - methods, "add a line to APPROXIMATIONS")
 
 
 def test_every_layer_has_a_case():

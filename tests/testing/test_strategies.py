@@ -6,9 +6,26 @@ import sys
 import pytest
 import torch
 from hypothesis import find, given, settings
+from torch import nn
 
 import curvlib.testing
-from curvlib.testing import draw, draws, kronecker_factors, lag_moments, networks, semidefinite_matrices
+from curvlib import GGN
+from curvlib.approximations import Diagonal
+from curvlib.operators import Dense
+from curvlib.solvers import damped_inverse
+from curvlib.testing import (
+    NOWHERE,
+    check_approximation,
+    check_layer,
+    check_operator,
+    check_solver,
+    draw,
+    draws,
+    kronecker_factors,
+    lag_moments,
+    networks,
+    semidefinite_matrices,
+)
 
 
 def condition(M):
@@ -90,3 +107,12 @@ def test_everything_that_is_exported_is_described():
         assert hasattr(curvlib.testing, name)
         member = getattr(curvlib.testing, name)
         assert not callable(member) or member.__doc__, name
+
+
+def test_random_numbers_are_as_before():
+    layer, state = nn.Linear(2, 1), torch.get_rng_state()
+    check_operator(draws().map(lambda d: Dense(d.symmetric(2))), examples=2)
+    check_layer(layer, torch.ones(3, 2))
+    check_solver(damped_inverse, examples=1)
+    check_approximation(Diagonal(GGN()), exact_on=NOWHERE, examples=1)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,119 @@
+"""Estimates beside dense matrices: where an approximation claims to be exact, and where each has to be.
+
+Symbols: C the estimate, M (D, D) the curvature of the loss, d_in and d_out the sizes of a layer, s and r lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor, nn
+
+from curvlib.approximations import Approximation
+from curvlib.testing.estimates import Estimates
+from curvlib.testing.exactness import ExactOn
+from curvlib.testing.identities import Subject
+from curvlib.testing.losses import EVERY_LOSS, LOSSES
+from curvlib.testing.networks import mlp, networks, with_loss
+from curvlib.testing.oracles import Network
+from curvlib.testing.search import search
+
+
+def check_exact(
+    approximation: Approximation,
+    subject: Subject,
+    claim: ExactOn,
+    random: bool,
+    activations: Sequence[type[nn.Module]],
+    examples: int,
+    draws: int,
+) -> None:
+    """Hold estimates against the matrix that they claim to be, or in expectation to be."""
+    identity = f"C = the dense matrix that it is exact for{claim.note}"
+    if random:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for network in fixed_networks(min(claim.examples, 3)):
+                expected = claim.expected(network, approximation)
+                _unbiased(approximation, subject, network, expected, draws, claim.compared)
+        return
+    drawn: SearchStrategy = networks(EVERY_LOSS, activations, positions=claim.positions, max_examples=claim.examples)
+
+    def check(network: Network) -> None:
+        estimates = Estimates(approximation, subject, network)
+        expected = subject.value("the dense matrix", lambda: claim.expected(network, approximation))
+        estimates.equal(identity, claim.compared(estimates.C), claim.compared(expected))
+
+    search(drawn, check, examples)
+
+
+def check_sphere(
+    approximation: Approximation, subject: Subject, claim: ExactOn | None, random: bool, degree: float, draws: int
+) -> None:
+    """Hold an approximation to the one case in which every approximation is exact: C = c I.
+
+    One linear layer with squared error, and inputs s e_i and residuals r e_j in all d_in d_out combinations. Then the
+    inputs' second moment is a multiple of I, the vectors' too, and both are independent: nothing can be left out. With
+    r^2 = d_out / 2 GGN, Fisher, empirical Fisher and Hessian are the same matrix.
+    """
+    identity = "where the curvature is a multiple c I of the identity, C = c^degree I (one linear layer, squared error)"
+    for reduction in ("mean", "sum"):
+        network = sphere(reduction)
+        shift = network.l2 if approximation.includes_l2 else 0.0
+        eye = torch.eye(len(network.theta), dtype=network.theta.dtype)
+        curvature = network.copy(l2=0.0).ggn()[0, 0].detach()
+        if claim is None:
+            expected, compared = (curvature**degree + shift) * eye, lambda C: C
+        else:
+            expected, compared = claim.expected(network, approximation), claim.compared
+        if random:
+            _unbiased(approximation, subject, network, expected, draws, compared, identity)
+        else:
+            one = Estimates(approximation, subject, network)
+            one.equal(identity, compared(one.C), compared(expected))
+
+
+def sphere(reduction: str, d_in: int = 2, d_out: int = 3) -> Network:
+    """Return a linear layer whose curvature is a multiple of the identity."""
+    layer = nn.Linear(d_in, d_out, bias=False).double()
+    a = 1.3 * torch.eye(d_in, dtype=torch.float64).repeat_interleave(d_out, 0)
+    residuals = (d_out / 2) ** 0.5 * torch.eye(d_out, dtype=torch.float64).repeat(d_in, 1)
+    return Network(nn.Sequential(layer), nn.MSELoss(reduction=reduction), a, layer(a).detach() - residuals, 0.1)
+
+
+def _unbiased(
+    approximation: Approximation,
+    subject: Subject,
+    network: Network,
+    expected: Tensor,
+    draws: int,
+    compared: Callable[[Tensor], Tensor],
+    where: str = "",
+) -> None:
+    """Two-sided z-test of every entry; 5 standard errors leave a false alarm below 1e-4 for 100 entries."""
+    evaluation, generator = network.evaluate(), torch.Generator().manual_seed(1)
+    samples = torch.stack([compared(approximation.estimate(evaluation, generator).to_dense()) for _ in range(draws)])
+    expected = compared(expected)
+    error = samples.std(0) / draws**0.5
+    z = (samples.mean(0) - expected).abs() / error.clamp(min=1e-12 + 1e-9 * float(expected.abs().max()))
+    identity = "the mean over random draws = the dense matrix" + (f", {where}" if where else "")
+    worst = int(z.argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
+    subject.holds(
+        identity,
+        float(z.max()) < 5,
+        f"expected {expected.flatten()[worst]:.4g} in entry {place}, got a mean of "
+        f"{samples.mean(0).flatten()[worst]:.4g} with standard error {error.flatten()[worst]:.2g} ({network!r})",
+    )
+
+
+def fixed_networks(examples: int = 3) -> list[Network]:
+    """Small networks with losses in natural parameters, whose labels are drawn without rare ones."""
+    made = []
+    for case, reduction in ((LOSSES[0], "mean"), (LOSSES[2], "sum"), (LOSSES[6], "mean")):
+        model = mlp([2, 2, 3], final=case.ending())
+        inputs = torch.randn(examples, 2, dtype=torch.float64)
+        made.append(with_loss(model, case, inputs, (reduction,), 0.1))  # type: ignore[arg-type]
+    return made
