@@ -8,6 +8,7 @@ from curvlib.approximations.description import BlockRow, Description
 from curvlib.approximations.diagonal import Diagonal
 from curvlib.approximations.ekfac import EKFAC, EigenbasisAverage
 from curvlib.approximations.exact import Dense, Exact
+from curvlib.approximations.following import StepPairs, SumOfAverages
 from curvlib.approximations.hutchinson import HutchinsonDiagonal
 from curvlib.approximations.identity import Identity
 from curvlib.approximations.joint import joined
@@ -107,7 +108,9 @@ __all__ = [
     "StatisticalApproximation",
     "StatisticalWeightedSum",
     "Statistics",
+    "StepPairs",
     "StructuralDamping",
+    "SumOfAverages",
     "SymmetricTransition",
     "Transition",
     "TridiagonalKFAC",

@@ -102,6 +102,11 @@ class Approximation(Weighable):
         """
         return not getattr(getattr(self, "matrix", None), "has_vectors", True)
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether it learns from the steps of an optimizer, by its running average. Default: from batches alone."""
+        return False
+
     def check(self, objective: Objective) -> None:
         """Refuse an objective that the approximation cannot treat, before any computation."""
 
@@ -264,7 +269,7 @@ class WeightedSum(Approximation):
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
         """Return the weighted sum of the parts' operators."""
         operators = [part.estimate(evaluation, generator) for _, part in self.parts]
-        return self._sum(operators, evaluation.objective)
+        return self.combined(operators, evaluation.objective)
 
     def estimate_over(
         self,
@@ -282,7 +287,7 @@ class WeightedSum(Approximation):
         self.check(objective)
         check_repeatable("estimate_over of a weighted sum", loader)
         operators = [part.estimate_over(objective, loader, generator, progress=progress) for _, part in self.parts]
-        return self._sum(operators, objective)
+        return self.combined(operators, objective)
 
     def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
         """Return for each parameter the blocks of all parts."""
@@ -307,10 +312,16 @@ class WeightedSum(Approximation):
         """Whether a weight is negative or a part may be indefinite."""
         return any(weight < 0 or part.may_be_indefinite for weight, part in self.parts)
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether a part does."""
+        return any(part.follows_steps for _, part in self.parts)
+
     def _terms(self) -> Terms:
         return self.parts
 
-    def _sum(self, operators: list[LinearOperator], objective: Objective) -> LinearOperator:
+    def combined(self, operators: list[LinearOperator], objective: Objective) -> LinearOperator:
+        """Return the weighted sum of the parts' operators, the l2 term included once."""
         terms = []
         for (weight, part), operator in zip(self.parts, operators, strict=True):
             term = remove_shift(operator, objective.l2) if part.includes_l2 else operator
@@ -342,7 +353,7 @@ class StatisticalWeightedSum(WeightedSum, StatisticalApproximation):
     def operator(self, objective: Objective, statistics: Statistics) -> LinearOperator:
         """Return the weighted sum of the parts' operators."""
         operators = [part.operator(objective, statistics.under(f"{i}: ")) for i, part in self._numbered()]
-        return self._sum(operators, objective)
+        return self.combined(operators, objective)
 
     def _numbered(self) -> Iterator[tuple[int, StatisticalApproximation]]:
         for i, (_, part) in enumerate(self.parts):

@@ -177,7 +177,7 @@ class EigenbasisAverage(RunningAverage):
         (8, 8)
     """
 
-    diagonalised: ClassVar[bool] = True
+    cheap_inverse: ClassVar[bool] = True
 
     def __init__(self, approximation: EKFAC, decay: float = 0.95) -> None:
         if not isinstance(approximation, EKFAC):

@@ -7,8 +7,8 @@ from the oldest to the latest, delta the curvature that the pairs say nothing ab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -16,7 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.objective import Objective
+from curvlib.approximations.base import Approximation, with_l2
+from curvlib.approximations.description import Description
+from curvlib.approximations.exact import whole_matrix
+from curvlib.extensions import LayerPlan
+from curvlib.objective import Batch, Evaluation, Objective
 from curvlib.operators import LinearOperator, LowRank
 
 Vector = Float[Tensor, " D"]
@@ -86,13 +90,20 @@ class PowellDamping(PairRule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LBFGS:
+class LBFGS(Approximation):
     r"""B = delta I - W M^-1 W^T with W = (delta S, Y) and M = [[delta S^T S, L], [L^T, -diag(s_i^T y_i)]].
 
     L is the part of S^T Y strictly below its diagonal.
     The curvature that the BFGS updates with the last pairs make of delta I; its inverse by structure is the two-loop
-    recursion's. It needs no curvature matrix: the pairs are steps and changes of the objective's gradient on the same
-    data, the l2 term included. Changes between different mini-batches are mostly noise.
+    recursion's. It needs no curvature matrix: the pairs are steps and changes of a gradient on the same data. Without
+    pairs it is delta I, so that an estimate of one evaluation alone is that, plus the l2 term.
+
+    As the curvature of ``PreconditionedGradient`` or ``ModelDescent`` it learns a pair from every step that is taken,
+    on the batch of the step, at the price of one more gradient; rejected steps leave no trace. As everywhere, C is the
+    curvature of the loss plus eta I: the pairs have the gradient of the loss, and the curvature eta of the l2 term is
+    not learned but known. In a loop of one's own :meth:`start` gives the history that takes pairs, and
+    :attr:`LBFGSHistory.approximation` is this with them. Whole batches are what it is for: curvature along a step is
+    that of its batch, and in small ones mostly noise.
 
     Source: Byrd, Nocedal & Schnabel 1994, theorem 2.3 (eq. 2.17); two loops: Nocedal & Wright 2006, algorithm 7.4.
 
@@ -100,6 +111,7 @@ class LBFGS:
         memory: m, the pairs that are kept, at least 1; the oldest goes first.
         pairs: ``SkipPairs()`` or ``PowellDamping()``.
         initial: delta > 0; None takes y^T y / s^T y of the latest pair (Nocedal & Wright, eq. 7.20), 1 before any.
+        history: the pairs (s, y), admitted by their rule, the oldest first.
 
     Example:
         >>> history = LBFGS(memory=5).start()
@@ -112,6 +124,7 @@ class LBFGS:
     memory: int = 10
     pairs: PairRule = field(default_factory=SkipPairs)
     initial: float | None = None
+    history: tuple[tuple[Vector, Vector], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
@@ -121,9 +134,38 @@ class LBFGS:
         if self.initial is not None and not (isfinite(self.initial) and self.initial > 0):
             raise ValueError(f"LBFGS needs a finite initial > 0 or None, got {self.initial!r}.")
 
+    @property
+    def follows_steps(self) -> bool:
+        """True: see :class:`StepPairs`."""
+        return True
+
     def start(self) -> LBFGSHistory:
-        """Return an empty history."""
+        """Return a history that begins with the pairs known here."""
         return LBFGSHistory(self)
+
+    def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
+        """Return B + eta I, B of the pairs known here; the batch does not matter.
+
+        Raises:
+            ValueError: the pairs are those of another number of parameters.
+        """
+        evaluation.check_fresh()
+        return with_l2(self.start().operator(evaluation.objective), evaluation.objective)
+
+    def estimate_over(
+        self,
+        objective: Objective,
+        loader: Iterable[Batch],
+        generator: torch.Generator | None = None,
+        *,
+        progress: bool = True,
+    ) -> LinearOperator:
+        """Return B + eta I, B of the pairs known here, whatever the data; the loader is not run through."""
+        return with_l2(self.start().operator(objective), objective)
+
+    def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
+        """All parameters are in one block."""
+        return whole_matrix(self, objective, f"L-BFGS: delta I and the last {self.memory} pairs of steps")
 
 
 class LBFGSHistory:
@@ -139,7 +181,15 @@ class LBFGSHistory:
         self.config = config
         self.updates = 0
         self.skipped = 0
-        self._pairs: list[tuple[Vector, Vector]] = []
+        self._pairs: list[tuple[Vector, Vector]] = list(config.history)[-config.memory :]
+
+    @property
+    def approximation(self) -> LBFGS:
+        """The approximation with the pairs so far, for sums with others; later pairs do not change it.
+
+        It adds the l2 term of the objective, so that the pairs' gradients should be those of the loss alone.
+        """
+        return replace(self.config, history=tuple(self._pairs))
 
     def update(self, step: Vector, gradient_change: Vector) -> bool:
         """Take in a pair; return whether it was used.
@@ -171,15 +221,19 @@ class LBFGSHistory:
         return True
 
     def operator(self, objective: Objective | None = None) -> LinearOperator:
-        """Return B, the curvature of the objective with its l2 term.
+        """Return B, the curvature of what the pairs' gradients are of.
 
         Args:
             objective: gives the size while there is no pair.
 
         Raises:
             RuntimeError: there is no pair yet, and no objective.
+            ValueError: the pairs are those of another number of parameters.
         """
         if self._pairs:
+            size = len(self._pairs[0][0])
+            if objective is not None and objective.layout.size != size:
+                raise ValueError(f"the pairs have {size} entries and the objective {objective.layout.size} parameters.")
             return self._compact()
         if objective is None:
             raise RuntimeError("LBFGS has no pair yet: call update first, or give the objective for delta I.")

@@ -7,6 +7,8 @@ from functools import singledispatch
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from curvlib.approximations.base import Approximation
 from curvlib.approximations.statistics import Statistics
@@ -18,13 +20,15 @@ class RunningAverage(ABC):
     """S_k = epsilon_k S_{k-1} + (1 - epsilon_k) s_k, epsilon_k = min(1 - 1/k, decay), of some statistics s_k.
 
     Attributes:
-        diagonalised: whether its operators are diagonal in a basis that it keeps, so that an inverse costs O(D).
+        cheap_inverse: whether inverses of its operators cost little beside a gradient: one is made at each step.
+        reads_batches: whether :meth:`update` looks at the batch; where not, no statistics have to be made for it.
         decay: weight of the past, in [0, 1).
         updates: batches that the average has taken in.
         skipped: batches whose statistics were not finite; they left the average as it was.
     """
 
-    diagonalised: ClassVar[bool] = False
+    cheap_inverse: ClassVar[bool] = False
+    reads_batches: ClassVar[bool] = True
 
     def __init__(self, decay: float) -> None:
         if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
@@ -36,6 +40,9 @@ class RunningAverage(ABC):
     @abstractmethod
     def update(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> bool:
         """Take in one evaluation; return whether its statistics were finite (others are left out, counted)."""
+
+    def follow(self, evaluation: Evaluation, step: Float[Tensor, " D"]) -> None:  # noqa: B027 - most learn from batches
+        """Learn that an optimizer takes a step (D,) from the parameters of an evaluation, before these are written."""
 
     @abstractmethod
     def operator(self, objective: Objective) -> LinearOperator:
@@ -84,8 +91,9 @@ class RunningAverage(ABC):
 def running_average(approximation: Approximation, decay: float) -> RunningAverage | None:
     """Return the running average that fits an approximation, None for one that has none (it is estimated anew).
 
-    ``MovingAverage`` for approximations with statistics that average, ``EigenbasisAverage`` for ``EKFAC``; register a
-    rule for another one with ``running_average.register``.
+    ``MovingAverage`` for approximations with statistics that average, ``EigenbasisAverage`` for ``EKFAC``,
+    ``StepPairs`` for ``LBFGS``, ``SumOfAverages`` for sums with it; register a rule for another one with
+    ``running_average.register``.
 
     Args:
         approximation: what to average over batches.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvlib.approximations import Approximation, Exact, RunningAverage, joined, running_average
 from curvlib.matrices import GGN
-from curvlib.objective import Objective
+from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator, operator_from_state_dict
 from curvlib.optimizers.layer_damping import SolverForModel, bound
 from curvlib.optimizers.proposal import (
@@ -26,6 +26,7 @@ from curvlib.optimizers.proposal import (
     probed_mean_curvature,
     refuse_indefinite,
     refuse_parts_of_sums,
+    refuse_what_follows_steps,
     take_statistics,
 )
 from curvlib.optimizers.situation import Situation, check_fraction
@@ -44,7 +45,7 @@ class PreconditionedGradient(Direction):
 
     Args:
         curvature: the approximation; one with a ``running_average`` is averaged over steps, another estimated anew
-            each step.
+            each step. ``LBFGS()``, also in sums, learns from each step that is taken.
         solver: ``damped_inverse``, ``FactoredTikhonov()``, ``CG(...)``: anything (C, lambda) -> inverse; or
             ``LayerDamping({...})``, where the damping differs by layer.
         fraction: part of the batch that statistics are made of (tau_1).
@@ -52,7 +53,7 @@ class PreconditionedGradient(Direction):
         statistics_every: steps from one statistic to the next.
         inverse_every: steps from one inverse to the next (T_3). The first three steps, a damping that has moved by a
             factor of two and a rejected step refresh it as well. The inverses of ``EKFAC``, whose average keeps an
-            eigenbasis, come at each step.
+            eigenbasis, and of ``LBFGS`` come at each step.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -83,12 +84,11 @@ class PreconditionedGradient(Direction):
 
     def start(self, objective: Objective) -> DirectionState:
         """Return the state before the first step."""
-        refuse_parts_of_sums("PreconditionedGradient", self.fraction, objective)
+        average = running_average(self.curvature, self.decay**self.statistics_every)
+        if average is None or average.reads_batches:
+            refuse_parts_of_sums("PreconditionedGradient", self.fraction, objective)
         self.curvature.check(objective)
-        average, solver = (
-            running_average(self.curvature, self.decay**self.statistics_every),
-            bound(self.solver, objective),
-        )
+        solver = bound(self.solver, objective)
         return _FreshState(self, solver) if average is None else _AmortisedState(self, average, solver)
 
 
@@ -103,10 +103,11 @@ class _AmortisedState(DirectionState):
         self._inverse_damping = self._mean_curvature = 0.0
         self._rejected = False
         self._before: tuple[Any, ...] | None = None  # the state before the last proposal, until that is judged
+        self._evaluation: Evaluation | None = None  # of the last proposal, likewise
 
     def propose(self, situation: Situation) -> Proposal:
         inverse = (self._operator, self._inverse, self._inverse_damping, self._mean_curvature)
-        self._before = (self._steps, self._average.state_dict(), inverse)
+        self._before, self._evaluation = (self._steps, self._average.state_dict(), inverse), situation.evaluation
         if self._steps % self._config.statistics_every == 0 or self._average.updates == 0:
             take_statistics(self._average, situation, self._config.fraction)
         if self._is_stale(situation.damping):
@@ -122,10 +123,13 @@ class _AmortisedState(DirectionState):
             mean_curvature=self._mean_curvature,
         )
 
-    def accepted(self) -> None:
-        self._before = None  # frees the old average
+    def accepted(self, step: Tensor) -> None:
+        if self._evaluation is not None:
+            self._average.follow(self._evaluation, step)
+        self._before = self._evaluation = None  # frees the old average
 
     def rejected(self) -> None:
+        self._evaluation = None
         if self._before is not None:
             self._steps, average, inverse = self._before
             self._average.load_state_dict(average)
@@ -134,7 +138,7 @@ class _AmortisedState(DirectionState):
         self._rejected = True
 
     def _is_stale(self, damping: float) -> bool:
-        if self._inverse is None or self._rejected or self._steps < 3 or self._average.diagonalised:
+        if self._inverse is None or self._rejected or self._steps < 3 or self._average.cheap_inverse:
             return True
         if self._steps % self._config.inverse_every == 0:
             return True
@@ -238,6 +242,8 @@ class TruncatedNewton(Direction):
         for name in ("preconditioner", "regularizer"):
             if getattr(self, name) is not None:
                 check_approximation("TruncatedNewton", name, getattr(self, name))
+                refuse_what_follows_steps("TruncatedNewton", name, getattr(self, name))
+        refuse_what_follows_steps("TruncatedNewton", "curvature", self.curvature)
         if self.preconditioner is not None:
             refuse_indefinite("TruncatedNewton", "preconditioner", self.preconditioner, damped_inverse)
         if not 0 < self.regularizer_weight < float("inf"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from curvlib.approximations import Approximation, MovingAverage, StatisticalApproximation
-from curvlib.objective import Objective
+from torch import Tensor
+
+from curvlib.approximations import Approximation, StatisticalApproximation, running_average
+from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator
 from curvlib.optimizers.proposal import (
     Direction,
@@ -34,7 +36,7 @@ class ModelDescent(Direction):
 
     Args:
         curvature: any approximation, estimated anew at each step; ``Exact(Hessian())`` and ``Dense(Hessian())`` for
-            Newton's method.
+            Newton's method. ``LBFGS()``, also in sums, learns from each step that is taken.
         descent: ``Steihaug()``, ``Dogleg()``, ``MoreSorensen()``, ``TwoDimensionalSubspace()`` or ``DampedNewton()``.
         fraction: part of the batch that the curvature is made of.
         decay: of the moving average of a curvature's statistics over steps; 0 takes those of the step alone.
@@ -86,9 +88,9 @@ class _ModelDescentState(DirectionState):
     def __init__(self, config: ModelDescent) -> None:
         self._config = config
         curvature = config.curvature
-        self._average = (
-            MovingAverage(curvature, config.decay) if isinstance(curvature, StatisticalApproximation) else None
-        )
+        averages = curvature.follows_steps or isinstance(curvature, StatisticalApproximation)
+        self._average = running_average(curvature, config.decay) if averages else None
+        self._evaluation: Evaluation | None = None  # of the last proposal, until that is judged
         self._before: dict[str, Any] | None = None  # of the average, until the last proposal is judged
 
     def propose(self, situation: Situation) -> Proposal:
@@ -119,17 +121,19 @@ class _ModelDescentState(DirectionState):
         if self._average is None:
             evaluation = situation.part(self._config.fraction, linearize=True)
             return self._config.curvature.estimate(evaluation, situation.generator)
-        self._before = self._average.state_dict()
+        self._before, self._evaluation = self._average.state_dict(), situation.evaluation
         take_statistics(self._average, situation, self._config.fraction)
         return self._average.operator(situation.objective)
 
-    def accepted(self) -> None:
-        self._before = None
+    def accepted(self, step: Tensor) -> None:
+        if self._average is not None and self._evaluation is not None:
+            self._average.follow(self._evaluation, step)
+        self._before = self._evaluation = None
 
     def rejected(self) -> None:
         if self._average is not None and self._before is not None:
             self._average.load_state_dict(self._before)
-            self._before = None
+        self._before = self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._average is None else {"average": self._average.state_dict()}

@@ -68,8 +68,8 @@ class DirectionState(ABC):
     def rejected(self) -> None:
         """Restore bit for bit what was before the last proposal, which was not taken; warm starts may be forgotten."""
 
-    def accepted(self) -> None:  # noqa: B027 - most states keep nothing for a rejection
-        """Learn that the last proposal was taken: nothing will have to be restored."""
+    def accepted(self, step: Float[Tensor, " D"]) -> None:  # noqa: B027 - most states keep nothing for a rejection
+        """Learn that the last proposal led to a step (D,), about to be written: nothing will have to be restored."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -151,8 +151,19 @@ def probed_mean_curvature(operator: LinearOperator, generator: torch.Generator) 
     return float(operator.quadratic_form(2 * signs - 1)) / operator.size
 
 
+def refuse_what_follows_steps(owner: str, name: str, approximation: Approximation) -> None:
+    """Raise ValueError for an approximation that learns from steps, where it would be estimated anew at each."""
+    if approximation.follows_steps:
+        raise ValueError(
+            f"{owner} estimates {name} anew at each step, and {approximation!r} learns from steps: use it as the "
+            "curvature of PreconditionedGradient or ModelDescent."
+        )
+
+
 def take_statistics(average: RunningAverage, situation: Situation, fraction: float) -> None:
     """Let the average take in the statistics of a part of the batch; warn where they are not finite and left out."""
+    if not average.reads_batches:
+        return
     evaluation = situation.part(fraction, linearize=False)
     if not average.update(evaluation, situation.generator):
         warnings.warn(

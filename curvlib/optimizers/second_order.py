@@ -6,7 +6,7 @@ reduction ratio, d step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -157,7 +157,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 self._direction.rejected()
                 raise
             self._finish(result.accepted, step)
-            return result
+            # what the direction has learned from the step is work as well
+            return replace(result, gradient_evaluations=situation.work)
 
     def _propose(self, situation: Situation, state: ControlState) -> tuple[StepResult, Float[Tensor, " D"]]:
         """Return a step and what there is to say about it, and move the control."""
@@ -195,7 +196,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Write the step, or restore what was before it."""
         if accepted:
             self._previous = step
-            self._direction.accepted()
+            self._direction.accepted(step)
             theta = self.objective.parameter_vector()
             self.objective.layout.write(self.objective.parameters, theta.add_(step))
         else:

@@ -15,6 +15,7 @@ from curvlib.approximations import (
     EKFAC,
     KFAC,
     KFRA,
+    LBFGS,
     BlockDiagonal,
     Dense,
     Diagonal,
@@ -88,6 +89,10 @@ def unit(network):
     return torch.eye(len(network.theta), dtype=torch.float64)
 
 
+def twice_unit(network):
+    return 2.0 * unit(network)
+
+
 def absolute(network):
     return torch.diag(matrix_of_loss(network, Hessian()).diagonal().abs())
 
@@ -146,6 +151,8 @@ APPROXIMATIONS = (
     # its scale is that of the examples, whatever the loss divides by
     Case(StructuralDamping(modules=(nn.Linear,)), {"exact_on": NOWHERE, "degree": None}),
     Case(SUM, {"exact_on": ExactOn(matrix=ggn, part=weighted)}),
+    # without pairs it is delta I
+    Case(LBFGS(initial=2.0), {"exact_on": ExactOn(matrix=twice_unit), "degree": 0.0}),
     Case(1.0 * Exact(GGN()) + 0.0 * Exact(Hessian()), {"exact_on": ExactOn(matrix=ggn)}),
 )
 
