@@ -28,7 +28,8 @@ except ImportError as error:
         'pip install "curvlib[experiments]"'
     ) from error
 
-import curvlib.experiments.recurrent_problems  # noqa: F401 - registers them
+import curvlib.experiments.recurrent_problems
+import curvlib.experiments.trust_region_method  # noqa: F401 - both register what they hold
 from curvlib.experiments.budgets import Budget, Epochs, EvaluationSchedule, Seconds, Steps
 from curvlib.experiments.comparison import Comparison, Monitor, Outcome
 from curvlib.experiments.curvatures import APPROXIMATIONS, MATRICES, CurvatureChoice

@@ -152,7 +152,7 @@ class LBFGS(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SecondOrder(Method):
+class SecondOrderMethod(Method):
     """What the methods with a curvature matrix share.
 
     Args:
@@ -180,7 +180,7 @@ class _SecondOrder(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KFACMethod(_SecondOrder):
+class KFACMethod(SecondOrderMethod):
     """Kronecker-factored approximate curvature (Martens and Grosse 2015)."""
 
     name = "kfac"
@@ -207,7 +207,7 @@ class KFACMethod(_SecondOrder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HessianFree(_SecondOrder):
+class HessianFree(SecondOrderMethod):
     """Hessian-free optimisation (Martens 2010), with structural damping if asked for (Martens & Sutskever 2011).
 
     Args:

@@ -29,11 +29,12 @@ def test_all_default_methods_are_compared_and_everything_is_written(tmp_path):
     output = tmp_path / "deep" / "out"
     outcome = compare(output, *FAST)
     assert outcome.exit_code == 0, outcome.output
-    assert all(re.search(rf"│ {name} +│", outcome.output) for name in METHODS)
+    default = set(METHODS) - {"newton-trust-region"}
+    assert all(re.search(rf"│ {name} +│", outcome.output) for name in default)
     assert re.search(r"┃ +train ┃ +test ┃[^\n]*\n[^\n]*┃ accuracy ┃ accuracy ┃", outcome.output)
     assert f"records: {output / 'results.jsonl'}" in outcome.output
     assert f"figure:  {output / 'comparison.png'}" in outcome.output
-    assert {record["method"] for record in results(output)} == set(METHODS)
+    assert {record["method"] for record in results(output)} == default
     assert {record["step"] for record in results(output)} >= {0, 6}
     picture = matplotlib.image.imread(output / "comparison.png")
     assert min(picture.shape[:2]) > 400
