@@ -430,7 +430,7 @@ def test_sums_count_the_l2_term_once():
     history.update(H[0], H @ H[0])
     torch.testing.assert_close(frozen.estimate(objective.at(batch)).to_dense(), B + 0.1 * eye)
     assert frozen == LBFGS(memory=4)
-    assert not (0.5 * LBFGS() + KFAC(GGN())).may_be_indefinite
+    assert not (0.5 * LBFGS() + Diagonal(GGN())).may_be_indefinite
     with pytest.raises(ValueError, match="pairs have 10 entries and the objective 6 parameters"):
         frozen.estimate(Objective(mlp([2, 2]), nn.MSELoss()).at((torch.ones(1, 2).double(), torch.ones(1, 2).double())))
 
@@ -450,7 +450,7 @@ def test_in_a_sum_it_learns_and_the_others_are_averaged():
 
 
 def test_where_it_makes_no_sense_it_is_refused():
-    objective, batch = regression()
+    objective, _ = regression()
     with pytest.raises(ValueError, match=r"TruncatedNewton estimates curvature anew .* PreconditionedGradient"):
         hessian_free(objective, curvature=LBFGS())
     with pytest.raises(ValueError, match="TruncatedNewton estimates preconditioner anew"):
