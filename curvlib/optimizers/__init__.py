@@ -2,10 +2,12 @@
 
 from curvlib.optimizers.directions import PreconditionedGradient, TruncatedNewton
 from curvlib.optimizers.layer_damping import LayerDamping, SolverForModel
+from curvlib.optimizers.minimize import Minimization, MinimizationStatus, Tolerances, minimize
 from curvlib.optimizers.model_descent import ModelDescent
 from curvlib.optimizers.norm_constraint import NormConstraint
-from curvlib.optimizers.presets import hessian_free, kfac, newton_trust_region
+from curvlib.optimizers.presets import gauss_newton, hessian_free, kfac, levenberg_marquardt, newton_trust_region
 from curvlib.optimizers.proposal import Direction, DirectionState, Proposal
+from curvlib.optimizers.scaling import CurvatureScaling, FixedScaling, Scaling, in_scaled_parameters
 from curvlib.optimizers.second_order import NonFiniteLossError, SecondOrderOptimizer, StepResult
 from curvlib.optimizers.step_rules import BacktrackingLineSearch, Choice, FixedLength, ModelRescaling, StepRule
 from curvlib.optimizers.wolfe import StrongWolfe
@@ -13,23 +15,33 @@ from curvlib.optimizers.wolfe import StrongWolfe
 __all__ = [
     "BacktrackingLineSearch",
     "Choice",
+    "CurvatureScaling",
     "Direction",
     "DirectionState",
     "FixedLength",
+    "FixedScaling",
     "LayerDamping",
+    "Minimization",
+    "MinimizationStatus",
     "ModelDescent",
     "ModelRescaling",
     "NonFiniteLossError",
     "NormConstraint",
     "PreconditionedGradient",
     "Proposal",
+    "Scaling",
     "SecondOrderOptimizer",
     "SolverForModel",
     "StepResult",
     "StepRule",
     "StrongWolfe",
+    "Tolerances",
     "TruncatedNewton",
+    "gauss_newton",
     "hessian_free",
+    "in_scaled_parameters",
     "kfac",
+    "levenberg_marquardt",
+    "minimize",
     "newton_trust_region",
 ]

@@ -94,12 +94,23 @@ class StepControl:
         """Return whether the next update looks at the ratio."""
         return self.radius is not None or self.damping.needs_ratio(state.damping)
 
-    def start(self, *, gradient_curvature: float | None = None) -> ControlState:
-        """Return the state before the first step; the argument is that of :meth:`DampingControl.start`."""
-        return ControlState(
-            damping=self.damping.start(gradient_curvature=gradient_curvature),
-            radius=None if self.radius is None else self.radius.start(),
-        )
+    @property
+    def needs_parameter_length(self) -> bool:
+        """Whether :meth:`start` looks at the length of the parameters."""
+        return self.radius is not None and self.radius.needs_parameter_length
+
+    @property
+    def starts_with_a_batch(self) -> bool:
+        """Whether :meth:`start` looks at something that the first batch tells."""
+        return self.damping.needs_gradient_curvature or self.needs_parameter_length
+
+    def start(self, *, gradient_curvature: float | None = None, parameter_length: float | None = None) -> ControlState:
+        """Return the state before the first step; arguments as in the controls' own ``start``."""
+        radius = None
+        if self.radius is not None:
+            known = {"parameter_length": parameter_length} if self.needs_parameter_length else {}
+            radius = self.radius.start(**known)
+        return ControlState(damping=self.damping.start(gradient_curvature=gradient_curvature), radius=radius)
 
     def accept(self, ratio: float | None) -> bool:
         """Return whether a step of this ratio stays."""

@@ -1,6 +1,7 @@
 """The direction that minimises a quadratic model, in a ball where the control is one of the radius.
 
-Symbols: g gradient, C curvature operator, lambda damping, Delta the radius, d (D,) the step.
+Symbols: g gradient, C curvature operator, lambda damping, Delta the radius, d (D,) the step, S = diag(s) the scales of
+the parameters.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.approximations import Approximation, StatisticalApproximation, running_average
 from curvlib.objective import Evaluation, Objective
-from curvlib.operators import LinearOperator
+from curvlib.operators import Diagonal, LinearOperator
 from curvlib.optimizers.proposal import (
     Direction,
     DirectionState,
@@ -21,6 +24,7 @@ from curvlib.optimizers.proposal import (
     refuse_parts_of_sums,
     take_statistics,
 )
+from curvlib.optimizers.scaling import Scaling, in_scaled_parameters
 from curvlib.optimizers.situation import Situation, check_fraction
 from curvlib.solvers import Descent, SolveError, Status, Steihaug, Subproblem
 
@@ -32,7 +36,9 @@ class ModelDescent(Direction):
     .. math:: \min_d \; g^T d + \tfrac12 d^T (C + \lambda I) d \quad \text{subject to} \quad |d| \le \Delta
 
     The radius is that of ``radius=TrustRegion(...)`` in the optimizer; with ``DampedNewton()`` there is none, and the
-    control is one of the damping.
+    control is one of the damping. With a scaling all of this is meant in the scaled parameters S theta:
+
+    .. math:: \min_d \; g^T d + \tfrac12 d^T (C + \lambda S^2) d \quad \text{subject to} \quad |S d| \le \Delta
 
     Args:
         curvature: any approximation, estimated anew at each step; ``Exact(Hessian())`` and ``Dense(Hessian())`` for
@@ -40,6 +46,7 @@ class ModelDescent(Direction):
         descent: ``Steihaug()``, ``Dogleg()``, ``MoreSorensen()``, ``TwoDimensionalSubspace()`` or ``DampedNewton()``.
         fraction: part of the batch that the curvature is made of.
         decay: of the moving average of a curvature's statistics over steps; 0 takes those of the step alone.
+        scaling: ``CurvatureScaling()`` or ``FixedScaling(values)`` for parameters of different sizes; None is S = I.
 
     Raises:
         TypeError: an argument is of another kind.
@@ -51,12 +58,17 @@ class ModelDescent(Direction):
     descent: Descent = field(default_factory=Steihaug)
     fraction: float = 1.0
     decay: float = 0.0
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         check_approximation("ModelDescent", "curvature", self.curvature)
         if not isinstance(self.descent, Descent):
             raise TypeError(f"ModelDescent needs descent to be a Descent such as Steihaug(), got {self.descent!r}.")
         check_fraction("ModelDescent", "fraction", self.fraction)
+        if self.scaling is not None and not isinstance(self.scaling, Scaling):
+            raise TypeError(
+                f"ModelDescent needs scaling to be None or a Scaling such as CurvatureScaling(), got {self.scaling!r}."
+            )
         if not 0 <= self.decay < 1:
             raise ValueError(f"ModelDescent needs 0 <= decay < 1, got {self.decay!r}.")
         if self.decay > 0 and not isinstance(self.curvature, StatisticalApproximation):
@@ -83,45 +95,65 @@ class ModelDescent(Direction):
 
 
 class _ModelDescentState(DirectionState):
-    """The average of the statistics, where the curvature has some."""
+    """The average of the statistics, where the curvature has some, and the scales, where there is a scaling."""
 
     def __init__(self, config: ModelDescent) -> None:
         self._config = config
         curvature = config.curvature
         averages = curvature.follows_steps or isinstance(curvature, StatisticalApproximation)
         self._average = running_average(curvature, config.decay) if averages else None
+        self._scales: Tensor | None = None
         self._evaluation: Evaluation | None = None  # of the last proposal, until that is judged
-        self._before: dict[str, Any] | None = None  # of the average, until the last proposal is judged
+        self._before: tuple[dict[str, Any] | None, Tensor | None] | None = None  # of average and scales
 
     def propose(self, situation: Situation) -> Proposal:
+        self._before = (None if self._average is None else self._average.state_dict(), self._scales)
         operator = self._operator(situation)
-        answer = self._config.descent.solve(
-            Subproblem(
-                operator=operator,
-                gradient=situation.gradient,
-                radius=situation.radius,
-                damping=situation.damping,
-            )
-        )
+        self._scales = self._scales_for(operator)
+        answer = self._config.descent.solve(self._subproblem(operator, situation))
         if answer.status is Status.NOT_FINITE:
             raise SolveError(
                 f"{type(self._config.descent).__name__} met products of {operator!r} that are not finite: look for "
                 "overflow in the model, or use a smaller radius or more damping."
             )
+        s = self._scales
         return Proposal(
-            step=answer.step,
+            step=answer.step if s is None else answer.step / s,
             operator=operator,
+            regularizer=None if s is None else Diagonal(s.square() - 1.0),
             mean_curvature=None if self._average is None else float(operator.trace()) / operator.size,
             iterations=answer.iterations,
             on_boundary=answer.on_boundary,
             prediction=answer.prediction,
+            scales=s,
         )
+
+    def _subproblem(self, operator: LinearOperator, situation: Situation) -> Subproblem:
+        s = self._scales
+        return Subproblem(
+            operator=operator if s is None else in_scaled_parameters(operator, s),
+            gradient=situation.gradient if s is None else situation.gradient / s,
+            radius=situation.radius,
+            damping=situation.damping,
+        )
+
+    def _scales_for(self, operator: LinearOperator) -> Float[Tensor, " D"] | None:
+        scaling = self._config.scaling
+        return None if scaling is None else scaling.scales(operator, self._scales)
+
+    def length(self, situation: Situation, vector: Float[Tensor, " D"]) -> float:
+        """Return |S v|, with the scales that the first proposal will have."""
+        scaling = self._config.scaling
+        if scaling is not None:
+            evaluation = situation.part(self._config.fraction, linearize=True)
+            vector = scaling.scales(self._config.curvature.estimate(evaluation, situation.generator), None) * vector
+        return float(torch.linalg.vector_norm(vector))
 
     def _operator(self, situation: Situation) -> LinearOperator:
         if self._average is None:
             evaluation = situation.part(self._config.fraction, linearize=True)
             return self._config.curvature.estimate(evaluation, situation.generator)
-        self._before, self._evaluation = self._average.state_dict(), situation.evaluation
+        self._evaluation = situation.evaluation
         take_statistics(self._average, situation, self._config.fraction)
         return self._average.operator(situation.objective)
 
@@ -131,13 +163,18 @@ class _ModelDescentState(DirectionState):
         self._before = self._evaluation = None
 
     def rejected(self) -> None:
-        if self._average is not None and self._before is not None:
-            self._average.load_state_dict(self._before)
+        if self._before is not None:
+            average, self._scales = self._before
+            if self._average is not None and average is not None:
+                self._average.load_state_dict(average)
         self._before = self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._average is None else {"average": self._average.state_dict()}
+        average = {} if self._average is None else {"average": self._average.state_dict()}
+        return average if self._config.scaling is None else {**average, "scales": self._scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        scales = None if self._config.scaling is None else state["scales"]
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+        self._scales = scales

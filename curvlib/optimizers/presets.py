@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from curvlib.approximations import KFAC, Approximation, Exact
+from curvlib.approximations import KFAC, Approximation, Dense, Exact
 from curvlib.matrices import GGN, Fisher, Hessian
 from curvlib.objective import Objective
 from curvlib.optimizers.directions import PreconditionedGradient, TruncatedNewton
 from curvlib.optimizers.layer_damping import SolverForModel
 from curvlib.optimizers.model_descent import ModelDescent
 from curvlib.optimizers.proposal import Solver
+from curvlib.optimizers.scaling import CurvatureScaling, Scaling
 from curvlib.optimizers.second_order import SecondOrderOptimizer
-from curvlib.optimizers.step_rules import BacktrackingLineSearch, FixedLength, ModelRescaling
+from curvlib.optimizers.step_rules import BacktrackingLineSearch, FixedLength, ModelRescaling, StepRule
 from curvlib.solvers import (
     ConstantDamping,
+    DampedNewton,
     DampingControl,
     Descent,
     FactoredTikhonov,
     LevenbergMarquardt,
+    MoreSorensen,
     RadiusControl,
+    RatioConvention,
     RelativeFloor,
+    RelativeRadius,
     RelativeStart,
+    SlopeRatio,
     Steihaug,
     TrustRegion,
     UndampedRatio,
@@ -165,5 +171,85 @@ def newton_trust_region(
         step_rule=FixedLength(),
         damping=ConstantDamping(damping),
         radius=radius if isinstance(radius, RadiusControl) else TrustRegion(initial=radius),
+        seed=seed,
+    )
+
+
+def levenberg_marquardt(
+    objective: Objective,
+    *,
+    curvature: Approximation | None = None,
+    control: RadiusControl | DampingControl | None = None,
+    scaling: Scaling | None = None,
+    ratio: RatioConvention | None = None,
+    seed: int = 0,
+) -> SecondOrderOptimizer:
+    """Return the Levenberg-Marquardt method for nonlinear least squares: few parameters, one batch, float64.
+
+    More 1978, as in MINPACK: the Gauss-Newton model is minimised exactly in a trust region of scaled parameters, so
+    that steps do not depend on the units. Departures: the radius follows Nocedal & Wright's algorithm 4.1; near the
+    minimum the ratio comes from slopes, which gives the last digits; the normal equations in place of a QR
+    decomposition, since in scaled parameters they gave the same digits of all nonlinear regression problems of NIST.
+
+    The loss is ``MSELoss(reduction="sum")`` for a sum of squares, or any other: the method is that of the GGN. See
+    ``minimize`` for the loop.
+
+    Args:
+        objective: what to minimise.
+        curvature: ``Dense(GGN())`` by default.
+        control: ``TrustRegion(...)``, by default from ``RelativeRadius(10.0)``; or a damping control such as
+            ``LevenbergMarquardt(...)`` for Marquardt's (1963) steps with C + lambda diag(s)^2, without a region.
+        scaling: of the parameters, ``CurvatureScaling()`` by default.
+        ratio: ``SlopeRatio()`` of the undamped model by default.
+        seed: of the optimizer's random generator.
+    """
+    if control is None:
+        control = TrustRegion(initial=RelativeRadius(10.0), floor=1e-300, ceiling=1e300, reject_below=1e-4)
+    damping, radius = (control, None) if isinstance(control, DampingControl) else (None, control)
+    return SecondOrderOptimizer(
+        objective,
+        direction=ModelDescent(
+            curvature=curvature if curvature is not None else Dense(GGN()),
+            descent=MoreSorensen() if damping is None else DampedNewton(),
+            scaling=scaling if scaling is not None else CurvatureScaling(),
+        ),
+        step_rule=FixedLength(),
+        damping=damping,
+        radius=radius,
+        ratio=ratio if ratio is not None else SlopeRatio(),
+        seed=seed,
+    )
+
+
+def gauss_newton(
+    objective: Objective,
+    *,
+    curvature: Approximation | None = None,
+    step_rule: StepRule | None = None,
+    scaling: Scaling | None = None,
+    seed: int = 0,
+) -> SecondOrderOptimizer:
+    """Return the Gauss-Newton method with a line search, for nonlinear least squares with few parameters.
+
+    Nocedal & Wright 2006, section 10.3. It needs a Jacobian of full column rank; where that fails it raises SolveError,
+    and ``levenberg_marquardt`` is the remedy.
+
+    Args:
+        objective: what to minimise.
+        curvature: ``Dense(GGN())`` by default.
+        step_rule: ``BacktrackingLineSearch(shrink=0.5)`` by default; ``FixedLength()`` for the undamped method.
+        scaling: of the parameters, ``CurvatureScaling()`` by default: it brings the normal equations to one scale.
+        seed: of the optimizer's random generator.
+    """
+    return SecondOrderOptimizer(
+        objective,
+        direction=ModelDescent(
+            curvature=curvature if curvature is not None else Dense(GGN()),
+            descent=DampedNewton(),
+            scaling=scaling if scaling is not None else CurvatureScaling(),
+        ),
+        step_rule=step_rule if step_rule is not None else BacktrackingLineSearch(shrink=0.5),
+        damping=ConstantDamping(0.0),
+        ratio=UndampedRatio(),
         seed=seed,
     )

@@ -39,6 +39,7 @@ class Proposal:
         iterations: of the solver, 0 for direct ones.
         on_boundary: whether the step was stopped by the radius.
         prediction: M(Delta) - M(0), where the solver knows it.
+        scales: s (D,), where the radius bounds |diag(s) Delta|; None for |Delta|.
     """
 
     step: Float[Tensor, " D"]
@@ -49,6 +50,11 @@ class Proposal:
     iterations: int = 0
     on_boundary: bool = False
     prediction: Prediction | None = None
+    scales: Float[Tensor, " D"] | None = None
+
+    def length_of(self, step: Float[Tensor, " D"]) -> float:
+        """Return the length of a step as the radius measures it."""
+        return float(torch.linalg.vector_norm(step if self.scales is None else self.scales * step))
 
 
 class DirectionState(ABC):
@@ -67,6 +73,10 @@ class DirectionState(ABC):
     @abstractmethod
     def rejected(self) -> None:
         """Restore bit for bit what was before the last proposal, which was not taken; warm starts may be forgotten."""
+
+    def length(self, situation: Situation, vector: Float[Tensor, " D"]) -> float:
+        """Return the length of a vector (D,) as the radius measures it, before the first proposal. Default: |v|."""
+        return float(torch.linalg.vector_norm(vector))
 
     def accepted(self, step: Float[Tensor, " D"]) -> None:  # noqa: B027 - most states keep nothing for a rejection
         """Learn that the last proposal led to a step (D,), about to be written: nothing will have to be restored."""

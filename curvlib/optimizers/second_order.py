@@ -19,10 +19,11 @@ from curvlib.matrices import GGN
 from curvlib.objective import Batch, Evaluation, Objective
 from curvlib.operators import full_precision
 from curvlib.optimizers.control import ControlState, StepControl
+from curvlib.optimizers.judgement import judge
 from curvlib.optimizers.pairing import check_pairing
 from curvlib.optimizers.proposal import Direction
 from curvlib.optimizers.situation import Situation
-from curvlib.optimizers.step_rules import Choice, StepRule
+from curvlib.optimizers.step_rules import StepRule
 from curvlib.solvers import DampedRatio, DampingControl, RadiusControl, RatioConvention
 
 
@@ -48,6 +49,8 @@ class StepResult:
         gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
             network; second moments, inverses and their products are not counted.
         radius: Delta of this step, None where there is no trust region.
+        gradient_norm: the largest entry of g before the step, by size.
+        step_norm: |d| of the step that was proposed, whether or not it was accepted.
     """
 
     loss: float
@@ -61,6 +64,8 @@ class StepResult:
     iterations: int
     gradient_evaluations: float
     radius: float | None = None
+    gradient_norm: float = 0.0
+    step_norm: float = 0.0
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
@@ -116,8 +121,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.ratio = ratio if ratio is not None else DampedRatio()
         self._direction = direction.start(objective)
         self._direction.description = direction.description()
-        # A control that starts on the scale of the curvature starts with the first batch.
-        late = self.control.damping.needs_gradient_curvature
+        # A control that starts on the scale of curvature or parameters starts with the first batch.
+        late = self.control.starts_with_a_batch
         self._state: ControlState | None = None if late else self.control.start()
         self._previous: Tensor | None = None
         self._generator = torch.Generator(objective.layout.device).manual_seed(seed)
@@ -141,30 +146,37 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """
         evaluation = self.objective.at(batch)
         with full_precision(self.objective.layout.device):
-            gradient = self._finite_gradient(evaluation)
-            if not bool(gradient.any()):
+            gradient, largest = self._finite_gradient(evaluation)
+            if largest == 0.0:
                 return self._stationary(evaluation)
-            state = self._state
-            if state is None:
-                state = self.control.start(gradient_curvature=_curvature_along(gradient, evaluation))
-            radius = inf if state.radius is None else state.radius.radius
-            situation = Situation(
-                self.objective, batch, evaluation, gradient, state.damping.damping, self._generator, radius
-            )
+            situation = Situation(self.objective, batch, evaluation, gradient, 0.0, self._generator)
+            situation.gradient_norm = largest
+            state = self._state if self._state is not None else self._started(situation)
+            situation.damping = state.damping.damping
+            situation.radius = inf if state.radius is None else state.radius.radius
             try:
                 result, step = self._propose(situation, state)
-            except Exception:
+            except BaseException:  # a KeyboardInterrupt as well
                 self._direction.rejected()
                 raise
             self._finish(result.accepted, step)
             # what the direction has learned from the step is work as well
             return replace(result, gradient_evaluations=situation.work)
 
+    def _started(self, situation: Situation) -> ControlState:
+        """Return the first state of a control that starts with the first batch."""
+        curvature = length = None
+        if self.control.damping.needs_gradient_curvature:
+            curvature = _curvature_along(situation.gradient, situation.evaluation)
+        if self.control.needs_parameter_length:
+            length = self._direction.length(situation, self.objective.parameter_vector())
+        return self.control.start(gradient_curvature=curvature, parameter_length=length)
+
     def _propose(self, situation: Situation, state: ControlState) -> tuple[StepResult, Float[Tensor, " D"]]:
         """Return a step and what there is to say about it, and move the control."""
         proposal = self._direction.propose(situation)
         choice = self.step_rule.choose(situation, proposal, self._previous)
-        actual, ratio = self._judge(situation, choice, state)
+        actual, ratio = judge(situation, choice, self.ratio, needed=self.control.needs_ratio(state))
         accepted = choice.learning_rate != 0 and (choice.value is not None or self.control.accept(ratio))
         result = StepResult(
             loss=float(situation.evaluation.value),
@@ -178,6 +190,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             iterations=proposal.iterations,
             gradient_evaluations=situation.work,
             radius=None if state.radius is None else state.radius.radius,
+            gradient_norm=situation.gradient_norm,
+            step_norm=float(torch.linalg.vector_norm(choice.step)),
         )
         if accepted and ratio is None and not bool(choice.step.isfinite().all()):
             raise NonFiniteLossError(
@@ -188,7 +202,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             ratio,
             mean_curvature=proposal.mean_curvature,
             on_boundary=proposal.on_boundary,
-            step_length=None if state.radius is None else float(torch.linalg.vector_norm(choice.step)),
+            step_length=None if state.radius is None else proposal.length_of(choice.step),
         )
         return result, choice.step
 
@@ -203,17 +217,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._previous = self.step_rule.after_rejection(self._previous)
             self._direction.rejected()
 
-    def _finite_gradient(self, evaluation: Evaluation) -> Float[Tensor, " D"]:
-        """Return the gradient; refuse what is not finite before anything changes."""
+    def _finite_gradient(self, evaluation: Evaluation) -> tuple[Float[Tensor, " D"], float]:
+        """Return the gradient and its largest entry; refuse what is not finite before anything changes."""
         gradient = evaluation.gradient()
-        value, square = torch.stack([evaluation.value, gradient @ gradient]).tolist()
+        value, square, largest = torch.stack([evaluation.value, gradient @ gradient, gradient.abs().amax()]).tolist()
         if not (isfinite(value) and isfinite(square)):
             raise NonFiniteLossError(
                 f"the objective is {value} and its gradient has squared norm {square} on this batch; the parameters "
                 "and the optimizer are unchanged. Look for non-finite inputs or targets, or start again from an "
                 "earlier checkpoint with more damping."
             )
-        return gradient
+        return gradient, largest
 
     def _stationary(self, evaluation: Evaluation) -> StepResult:
         """Return the result of a batch with a zero gradient, where every proposal is zero."""
@@ -230,19 +244,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             gradient_evaluations=evaluation.work,
             radius=self.radius,
         )
-
-    def _judge(self, situation: Situation, choice: Choice, state: ControlState) -> tuple[float | None, float | None]:
-        """Return h(theta + d) - h and the reduction ratio, where they are known or needed."""
-        evaluation = situation.evaluation
-        judged = choice.judged_value if choice.judged_value is not None else choice.value
-        if judged is None and self.control.needs_ratio(state):
-            judged = float(evaluation.value_at(self.objective.parameter_vector() + choice.step))
-        if judged is None:
-            return None, None
-        before = float(evaluation.value)
-        ratio = self.ratio.ratio(judged - before, choice.prediction, value=before, dtype=evaluation.outputs.dtype)
-        after = choice.value if choice.value is not None else judged
-        return after - before, ratio
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the parameters are those of the objective, all with the same settings."""

@@ -31,6 +31,7 @@ class Situation:
         damping: lambda of this step.
         radius: Delta of this step, infinite where there is none.
         generator: where random choices come from.
+        gradient_norm: the largest entry of g, by size.
     """
 
     objective: Objective
@@ -40,6 +41,7 @@ class Situation:
     damping: float
     generator: torch.Generator
     radius: float = inf
+    gradient_norm: float = 0.0
     _parts: list[Evaluation] = field(default_factory=list)
 
     def part(self, fraction: float, *, linearize: bool) -> Evaluation:

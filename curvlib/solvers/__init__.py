@@ -22,16 +22,16 @@ from curvlib.solvers.factored_tikhonov import Balance, FactoredTikhonov, FixedPi
 from curvlib.solvers.inverse import damped_inverse, eigendecompose
 from curvlib.solvers.krylov import IterativeInverse, KrylovMethod
 from curvlib.solvers.minres import MINRES, MINRESInverse
-from curvlib.solvers.quadratic_model import (
+from curvlib.solvers.quadratic_model import QuadraticModel, Rescaling
+from curvlib.solvers.radius import RadiusControl, RadiusState, RelativeRadius, TrustRegion
+from curvlib.solvers.reduction import (
     DampedRatio,
     Prediction,
-    QuadraticModel,
     RatioConvention,
-    Rescaling,
+    SlopeRatio,
     UndampedRatio,
+    reduction_ratio,
 )
-from curvlib.solvers.radius import RadiusControl, RadiusState, TrustRegion
-from curvlib.solvers.reduction import reduction_ratio
 from curvlib.solvers.solution import (
     ConvergenceWarning,
     IterateGrid,
@@ -86,9 +86,11 @@ __all__ = [
     "RaiseAtLimit",
     "RatioConvention",
     "RelativeFloor",
+    "RelativeRadius",
     "RelativeStart",
     "Rescaling",
     "ResidualTest",
+    "SlopeRatio",
     "Solution",
     "SolveError",
     "Status",

@@ -15,7 +15,6 @@ Symbols:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -27,51 +26,8 @@ from curvlib.operators.base import LinearOperator
 from curvlib.operators.precision import full_precision
 from curvlib.solvers.damping_scale import checked_damping
 from curvlib.solvers.errors import SolveError
-from curvlib.solvers.reduction import reduction_ratio
+from curvlib.solvers.reduction import Prediction
 from curvlib.solvers.solution import Status
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """M(d) - M(0) with and without the damping's 1/2 lambda d^T (I + R) d, as numbers on the host."""
-
-    damped: float
-    undamped: float
-
-
-class RatioConvention(ABC):
-    """Which model the reduction ratio compares the objective with: published codes differ."""
-
-    @abstractmethod
-    def predicted_change(self, prediction: Prediction) -> float:
-        """Return the M(d) - M(0) that counts."""
-
-    def ratio(
-        self, actual: float, prediction: Prediction, *, value: float = 0.0, dtype: torch.dtype = torch.float32
-    ) -> float:
-        """Return rho; arguments as in :func:`curvlib.solvers.reduction.reduction_ratio`."""
-        return reduction_ratio(actual, self.predicted_change(prediction), value=value, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class DampedRatio(RatioConvention):
-    """rho against the damped model: Martens & Grosse (2015), section 6.5, and the recurrent Hessian-free code.
-
-    The damped prediction is the smaller one, so that its rho may exceed 1 on an exact model.
-    """
-
-    def predicted_change(self, prediction: Prediction) -> float:
-        """Return M(d) - M(0) with the damping."""
-        return prediction.damped
-
-
-@dataclass(frozen=True)
-class UndampedRatio(RatioConvention):
-    """rho against the model without damping: kfac-jax by default, and the MATLAB Hessian-free code."""
-
-    def predicted_change(self, prediction: Prediction) -> float:
-        """Return M(d) - M(0) without the damping."""
-        return prediction.undamped
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -49,12 +49,52 @@ class RadiusState:
         return cls(radius=float(state["radius"]), step=int(state["step"]), rejected=int(state["rejected"]))
 
 
+@dataclass(frozen=True)
+class RelativeRadius:
+    """The first radius is a multiple of the length of the parameters: factor |theta|, and the factor at theta = 0.
+
+    Where the region is one of scaled parameters, so is the length: |S theta|. More (1978), section 6; MINPACK's
+    ``factor``.
+
+    Args:
+        factor: greater than 0; MINPACK recommends 0.1 to 100.
+    """
+
+    factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        if checked_radius(self.factor, "RelativeRadius(factor=...)") == inf:
+            raise ValueError("RelativeRadius(factor=...) must be finite, got inf.")
+
+    def radius(self, parameter_length: float | None) -> float:
+        """Return factor |theta|.
+
+        Raises:
+            ValueError: the length is unknown or not finite.
+        """
+        if parameter_length is None or not isfinite(parameter_length):
+            raise ValueError(
+                f"RelativeRadius needs the finite length of the parameters, got {parameter_length!r}: pass "
+                "parameter_length=float(theta.norm()) to start, or give the first radius as a number."
+            )
+        return self.factor * (parameter_length if parameter_length > 0 else 1.0)
+
+
 class RadiusControl(ABC):
     """Chooses the radius of each step. A third party's control gives :meth:`start` and :meth:`update`."""
 
+    @property
+    def needs_parameter_length(self) -> bool:
+        """Whether :meth:`start` looks at the length of the parameters; others are called without it. Default: no."""
+        return False
+
     @abstractmethod
-    def start(self) -> RadiusState:
-        """Return the state before the first step."""
+    def start(self, *, parameter_length: float | None = None) -> RadiusState:
+        """Return the state before the first step.
+
+        Args:
+            parameter_length: |theta|, or |S theta| where the radius bounds |S d|.
+        """
 
     @abstractmethod
     def update(
@@ -86,7 +126,7 @@ class TrustRegion(RadiusControl):
     proposed again otherwise; a floor.
 
     Args:
-        initial: Delta of the first step, in the units of the parameters.
+        initial: Delta of the first step, in the units of the parameters, or a :class:`RelativeRadius`.
         shrink: factor after a bad step, in (0, 1).
         grow: factor after a good step to the boundary, at least 1.
         low: a ratio below is bad.
@@ -103,7 +143,7 @@ class TrustRegion(RadiusControl):
         (2.0, 0.5, False)
     """
 
-    initial: float = 1.0
+    initial: float | RelativeRadius = 1.0
     shrink: float = 0.25
     grow: float = 2.0
     low: float = 0.25
@@ -113,11 +153,14 @@ class TrustRegion(RadiusControl):
     reject_below: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("initial", "floor", "ceiling"):
+        for name in (
+            ("floor", "ceiling") if isinstance(self.initial, RelativeRadius) else ("initial", "floor", "ceiling")
+        ):
             value = checked_radius(getattr(self, name), f"TrustRegion({name}=...)")
             if value == inf:
                 raise ValueError(f"TrustRegion({name}=...) must be finite, got inf.")
-        if not self.floor <= self.initial <= self.ceiling:
+        first = self.floor if isinstance(self.initial, RelativeRadius) else self.initial
+        if not self.floor <= first <= self.ceiling:
             raise ValueError(
                 f"TrustRegion needs floor <= initial <= ceiling, got {self.floor!r}, "
                 f"{self.initial!r}, {self.ceiling!r}."
@@ -134,8 +177,15 @@ class TrustRegion(RadiusControl):
                 "a step that is undone has to shrink the radius, or it would be proposed again."
             )
 
-    def start(self) -> RadiusState:
+    @property
+    def needs_parameter_length(self) -> bool:
+        """Whether the first radius is relative to it."""
+        return isinstance(self.initial, RelativeRadius)
+
+    def start(self, *, parameter_length: float | None = None) -> RadiusState:
         """Return the state before the first step."""
+        if isinstance(self.initial, RelativeRadius):
+            return RadiusState(radius=max(min(self.initial.radius(parameter_length), self.ceiling), self.floor))
         return RadiusState(radius=self.initial)
 
     def update(

@@ -19,7 +19,8 @@ from curvlib.solvers import (
     reduction_ratio,
 )
 from curvlib.solvers.damping_scale import checked_damping
-from curvlib.solvers.quadratic_model import DampedRatio, QuadraticModel, UndampedRatio
+from curvlib.solvers.quadratic_model import QuadraticModel
+from curvlib.solvers.reduction import DampedRatio, UndampedRatio
 
 numbers = st.floats(1e-3, 1e3)
 

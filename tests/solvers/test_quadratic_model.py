@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from curvlib.operators import Dense, Diagonal, LinearOperator
 from curvlib.solvers.errors import SolveError
-from curvlib.solvers.quadratic_model import DampedRatio, QuadraticModel, UndampedRatio
+from curvlib.solvers.quadratic_model import QuadraticModel
+from curvlib.solvers.reduction import DampedRatio, UndampedRatio
 from curvlib.solvers.solution import Status
 
 seeds = st.integers(0, 2**31)

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curvlib.operators import Dense
-from curvlib.solvers import MoreSorensen, RadiusState, Steihaug, Subproblem, TrustRegion, reduction_ratio
+from curvlib.solvers import (
+    MoreSorensen,
+    RadiusState,
+    RelativeRadius,
+    Steihaug,
+    Subproblem,
+    TrustRegion,
+    reduction_ratio,
+)
 
 ratios = st.one_of(st.floats(-10, 10), st.sampled_from([nan, inf, -inf, 0.25, 0.75]))
 histories = st.lists(st.tuples(ratios, st.booleans(), st.one_of(st.none(), st.floats(0, 1e3))), max_size=30)
@@ -138,3 +146,14 @@ def test_bad_values_are_refused(fields):
 def test_states_of_another_shape_are_refused(state):
     with pytest.raises(ValueError, match="radius state has the entries"):
         RadiusState.from_state_dict(state)
+
+
+def test_a_relative_radius_is_a_multiple_of_the_length_of_the_parameters():
+    control = TrustRegion(initial=RelativeRadius(3.0), floor=1e-3, ceiling=50.0)
+    assert control.needs_parameter_length
+    assert not TrustRegion().needs_parameter_length
+    lengths = (2.0, 0.0, 1e-9, 1e9)
+    assert [control.start(parameter_length=length).radius for length in lengths] == [6.0, 3.0, 1e-3, 50.0]
+    for length in (None, nan, inf):
+        with pytest.raises(ValueError, match="length of the parameters"):
+            control.start(parameter_length=length)

@@ -501,3 +501,14 @@ def test_a_third_partys_descent_needs_one_method():
     )
     assert answer.predicted_reduction == pytest.approx(5.0 - 0.5)
     assert Gradient().has_radius
+
+
+def test_an_eigenvalue_that_rounding_made_negative_is_no_negative_curvature():
+    C = Diagonal(torch.tensor([1.0, 0.5, -1e-17], dtype=torch.float64))
+    gradient = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    answer = MoreSorensen().solve(Subproblem(operator=C, gradient=gradient, radius=10.0))
+    assert not answer.on_boundary
+    torch.testing.assert_close(answer.step, torch.tensor([-1.0, -2.0, 0.0], dtype=torch.float64))
+    # beyond rounding it is
+    C = Diagonal(torch.tensor([1.0, 0.5, -1e-12], dtype=torch.float64))
+    assert MoreSorensen().solve(Subproblem(operator=C, gradient=gradient, radius=10.0)).on_boundary

@@ -98,6 +98,8 @@ def secular_root(e: Float[Tensor, " n"], c: Float[Tensor, " n"], radius: float, 
         eps: relative errors that e and c come with.
     """
     rounding = _ROUNDING * len(e) ** 0.5 * eps
+    # A semi-definite C has no negative curvature: rounding errors of eigenvalues must not send steps to the boundary.
+    e = torch.where((e < 0) & (e >= -rounding * e.abs().amax()), 0.0, e)
     low = (-e.amin()).clamp(min=0.0)
     h = e + low
     # What g has along the eigenvalues that are the least to rounding, if that is rounding itself.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from curvlib.operators import LinearOperator, Shifted
 from curvlib.solvers.damping_scale import checked_damping
-from curvlib.solvers.quadratic_model import Prediction, QuadraticModel
+from curvlib.solvers.quadratic_model import QuadraticModel
+from curvlib.solvers.reduction import Prediction
 from curvlib.solvers.solution import Status
 
 

@@ -1,0 +1,224 @@
+"""An optimizer on one batch until it has converged.
+
+Symbols: h the objective on the batch, g its gradient, theta the parameters, d a step, rho its reduction ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from numbers import Real
+
+import torch
+
+from curvlib.objective import Batch
+from curvlib.optimizers.second_order import SecondOrderOptimizer, StepResult
+
+# A step of this ratio agrees well enough with the model for its size to say something about the minimum.
+_AGREES = 0.25
+
+
+class MinimizationStatus(Enum):
+    r"""How a minimization ended.
+
+    * ``GRADIENT``: max \|g_i\| < gtol.
+    * ``VALUE``: a step that agrees with its model (rho > 1/4) has lowered h by less than ftol h.
+    * ``STEP``: a proposed step is shorter than xtol (xtol + \|theta\|).
+    * ``STEP_LIMIT``: ``max_steps`` came first.
+    * ``STALLED``: ``max_rejected`` steps in a row were rejected, none of them short enough for xtol.
+    * ``STOPPED``: the caller's ``stop_when`` asked for it.
+    """
+
+    GRADIENT = 0
+    VALUE = 1
+    STEP = 2
+    STEP_LIMIT = 3
+    STALLED = 4
+    STOPPED = 5
+
+    @property
+    def converged(self) -> bool:
+        """Whether a tolerance was met."""
+        return self in (MinimizationStatus.GRADIENT, MinimizationStatus.VALUE, MinimizationStatus.STEP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerances:
+    """When a minimum is close enough, in the meaning of ``scipy.optimize.least_squares``; 0 turns one off.
+
+    Args:
+        ftol: of the relative change of h.
+        xtol: of the relative change of the parameters.
+        gtol: of the largest entry of the gradient, in the units of h over those of the parameter. h is |r|^2 for
+            ``MSELoss(reduction="sum")``, of which SciPy takes one half.
+
+    Raises:
+        TypeError, ValueError: a tolerance is no number in [0, 1) (gtol: no finite number >= 0).
+    """
+
+    ftol: float = 1e-8
+    xtol: float = 1e-8
+    gtol: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name, most in (("ftol", 1.0), ("xtol", 1.0), ("gtol", float("inf"))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"Tolerances({name}=...) must be a number, got {value!r}.")
+            if not 0 <= float(value) < most:
+                raise ValueError(f"Tolerances needs 0 <= {name} < {most}, got {value!r}.")
+
+    def met_by(self, result: StepResult, parameter_norm: float) -> MinimizationStatus | None:
+        """Return which of them a step has met, if any.
+
+        Args:
+            result: of the step.
+            parameter_norm: |theta| after it.
+        """
+        if result.gradient_norm < self.gtol or result.gradient_norm == 0.0:
+            return MinimizationStatus.GRADIENT
+        agrees = result.ratio is None or result.ratio > _AGREES
+        if result.accepted and agrees and result.actual is not None and abs(result.actual) < self.ftol * result.loss:
+            return MinimizationStatus.VALUE
+        if result.step_norm < self.xtol * (self.xtol + parameter_norm):
+            return MinimizationStatus.STEP
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minimization:
+    """What a minimization has reached. The parameters are in the model.
+
+    Attributes:
+        status: how it ended.
+        value: h at the end.
+        gradient_norm: the largest entry of the gradient at the end, by size.
+        steps: how many were tried.
+        accepted: how many of them were taken.
+        gradient_evaluations: work in gradients of the batch, as in :class:`StepResult`.
+        last: what the last step did, None if there was none.
+    """
+
+    status: MinimizationStatus
+    value: float
+    gradient_norm: float
+    steps: int
+    accepted: int
+    gradient_evaluations: float
+    last: StepResult | None
+
+    @property
+    def converged(self) -> bool:
+        """Whether a tolerance was met."""
+        return self.status.converged
+
+    def raise_unless_converged(self) -> Minimization:
+        """Return self.
+
+        Raises:
+            RuntimeError: no tolerance was met.
+        """
+        if not self.converged:
+            raise RuntimeError(f"the minimization {self}.")
+        return self
+
+    def __str__(self) -> str:
+        return (
+            f"{_DIAGNOSES[self.status]} after {self.steps} steps ({self.accepted} of them taken): objective "
+            f"{self.value:.10g}, largest entry of the gradient {self.gradient_norm:.3g}"
+        )
+
+
+_DIAGNOSES = {
+    MinimizationStatus.GRADIENT: "converged, the gradient is below gtol,",
+    MinimizationStatus.VALUE: "converged, the objective changes by less than ftol,",
+    MinimizationStatus.STEP: "converged, the steps are shorter than xtol,",
+    MinimizationStatus.STEP_LIMIT: "stopped at max_steps without meeting a tolerance",
+    MinimizationStatus.STALLED: "stalled, every step is rejected,",
+    MinimizationStatus.STOPPED: "was stopped by stop_when",
+}
+
+
+def minimize(
+    optimizer: SecondOrderOptimizer,
+    batch: Batch,
+    *,
+    tolerances: Tolerances | None = None,
+    max_steps: int = 1000,
+    max_rejected: int = 50,
+    stop_when: Callable[[StepResult], bool] | None = None,
+) -> Minimization:
+    """Take steps on one batch until a tolerance is met, and say how that ended.
+
+    A KeyboardInterrupt passes through; the parameters are then those of the last accepted step, and a second call goes
+    on from there.
+
+    Args:
+        optimizer: any; ``levenberg_marquardt(objective)`` or ``gauss_newton(objective)`` for least squares.
+        batch: ``(inputs, targets)``, all of the data.
+        tolerances: ``Tolerances()`` by default.
+        max_steps: the most steps, at least 1.
+        max_rejected: the most rejected steps in a row, at least 1.
+        stop_when: looks at each step's result; True ends the loop.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of its range; nothing is changed.
+        NonFiniteLossError: the objective is not finite where the loop starts.
+        SolveError: the curvature could not be inverted; the parameters are those of the last accepted step.
+
+    Example:
+        >>> import curvlib
+        >>> x = torch.linspace(0.0, 1.0, 5, dtype=torch.float64).unsqueeze(1)
+        >>> objective = curvlib.Objective(torch.nn.Linear(1, 1).double(), torch.nn.MSELoss(reduction="sum"))
+        >>> minimize(curvlib.optimizers.levenberg_marquardt(objective), (x, 3.0 * x)).converged
+        True
+    """
+    if not isinstance(optimizer, SecondOrderOptimizer):
+        raise TypeError(f"minimize needs a SecondOrderOptimizer, got {type(optimizer).__name__}.")
+    tolerances = tolerances if tolerances is not None else Tolerances()
+    if not isinstance(tolerances, Tolerances):
+        raise TypeError(f"minimize needs tolerances to be Tolerances(...), got {tolerances!r}.")
+    for name, count in (("max_steps", max_steps), ("max_rejected", max_rejected)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"minimize needs an integer {name} >= 1, got {count!r}.")
+    objective, status, results = optimizer.objective, None, _Totals()
+    while status is None:
+        result = optimizer.step(batch)
+        results.add(result)
+        status = tolerances.met_by(result, float(torch.linalg.vector_norm(objective.parameter_vector())))
+        if status is None and stop_when is not None and stop_when(result):
+            status = MinimizationStatus.STOPPED
+        if status is None and results.rejected_in_a_row >= max_rejected:
+            status = MinimizationStatus.STALLED
+        if status is None and results.steps >= max_steps:
+            status = MinimizationStatus.STEP_LIMIT
+    evaluation = objective.at(batch, linearize=False)
+    gradient_norm = float(evaluation.gradient().abs().amax())
+    if status is MinimizationStatus.STEP_LIMIT and gradient_norm < tolerances.gtol:
+        status = MinimizationStatus.GRADIENT
+    return Minimization(
+        status=status,
+        value=float(evaluation.value),
+        gradient_norm=gradient_norm,
+        steps=results.steps,
+        accepted=results.accepted,
+        gradient_evaluations=results.work + evaluation.work,
+        last=results.last,
+    )
+
+
+class _Totals:
+    """Sums over the steps so far."""
+
+    def __init__(self) -> None:
+        self.steps = self.accepted = self.rejected_in_a_row = 0
+        self.work = 0.0
+        self.last: StepResult | None = None
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        self.accepted += result.accepted
+        self.rejected_in_a_row = 0 if result.accepted else self.rejected_in_a_row + 1
+        self.work += result.gradient_evaluations
+        self.last = result
