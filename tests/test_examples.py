@@ -24,8 +24,14 @@ def table(text, columns):
 
 def test_every_example_is_short_and_tested():
     scripts = {path.stem: path.read_text().splitlines() for path in EXAMPLES.glob("*.py")}
-    names = {"one_step_by_hand", "swap_curvatures", "train_with_presets", "gpt_on_text", "own_approximation"}
-    assert scripts.keys() == names
+    assert scripts.keys() == {
+        "gpt_on_text",
+        "nonlinear_regression",
+        "one_step_by_hand",
+        "own_approximation",
+        "swap_curvatures",
+        "train_with_presets",
+    }
     assert all(len(lines) < 75 for lines in scripts.values())
 
 
@@ -72,6 +78,16 @@ def test_gpt_on_text(capsys, monkeypatch):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text)]
     assert len(losses) == 4
     assert losses[-1] < 0.85 * losses[0]
+
+
+def test_nonlinear_regression(capsys):
+    text = output_of("nonlinear_regression", capsys)
+    assert text.startswith("converged")
+    rows = re.findall(r"^b\d\s+(\S+)\s+(\S+)\s+(\S+)\s+(\S+)$", text, re.MULTILINE)
+    assert len(rows) == 3
+    assert all(float(digits) > 10 for row in rows for digits in (row[1], row[3])), "certified values have 11"
+    # certified residual standard deviation
+    assert float(re.search(r"deviation (\S+)", text)[1]) == pytest.approx(1.1587725499, rel=1e-9)
 
 
 def test_own_approximation(capsys, monkeypatch):
