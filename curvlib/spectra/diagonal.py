@@ -96,7 +96,12 @@ class BKSDiagonal(DiagonalEstimator):
         d = sums[0] / sums[1]
         squares = (sums[2] - 2.0 * d * sums[3] + d.square() * sums[4]).clamp(min=0.0)
         error = (squares * (self.probes / (self.probes - 1))).sqrt() / sums[1]
-        return Estimate(value=d.to(operator.dtype), standard_error=error.to(operator.dtype), products=self.probes)
+        return Estimate(
+            value=d.to(operator.dtype),
+            standard_error=error.to(operator.dtype),
+            products=self.probes,
+            degrees_of_freedom=self.probes - 1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,4 +139,9 @@ class XDiag(DiagonalEstimator):
         own = QS * (parts.Omega * (parts.S * parts.R).sum(0) - ZS)
         error = own.std(1) / k**0.5
         value = common + own.mean(1)
-        return Estimate(value=value.to(operator.dtype), standard_error=error.to(operator.dtype), products=2 * k)
+        return Estimate(
+            value=value.to(operator.dtype),
+            standard_error=error.to(operator.dtype),
+            products=2 * k,
+            degrees_of_freedom=k - 1,
+        )

@@ -39,7 +39,8 @@ class Quadrature:
 class SpectralMeasure:
     """An estimate of how the D eigenvalues are distributed; made by :class:`SpectralDensity`.
 
-    Means are over the probes, and standard errors come from their spread. What the quadrature of each probe misses is
+    Means are over the P probes, and standard errors come from their spread, with P - 1 degrees of freedom: use
+    :meth:`Estimate.interval` for few probes. What the quadrature of each probe misses is
     the truncation error: how much the mean changes from half of the steps to all of them. Far from convergence that is
     too small.
 
@@ -177,5 +178,6 @@ class SpectralMeasure:
             value=value,
             standard_error=samples.std(0) / len(samples) ** 0.5,
             products=self.products,
+            degrees_of_freedom=len(samples) - 1,
             truncation_error=(value - means(self.coarse).mean(0)).abs(),
         )

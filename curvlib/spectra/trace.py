@@ -145,7 +145,9 @@ class HutchPlusPlus(TraceEstimator):
 
     Meyer, Musco, Musco & Woodruff, "Hutch++: optimal stochastic trace estimation" (2021), algorithm 1: for positive
     semi-definite C the error falls as fast as the number of products grows, faster where eigenvalues decay. A third of
-    the products is for the sketch, a third for Q, the rest for the complement, whose draws give the standard error.
+    the products is for the sketch, a third for Q, the rest, m, for the complement, whose m draws give the standard
+    error: given Q they are independent and unbiased, so that its square is unbiased, and :meth:`Estimate.interval` has
+    m - 1 degrees of freedom.
 
     Args:
         products: at least 6.
@@ -186,8 +188,9 @@ class XTrace(TraceEstimator):
     them outside Q_(i) is scaled back to the root of its dimension. With W = Q^T Omega, H = Q^T C Q, C Omega = Q R and
     x_i = (I - s_i s_i^T) w_i, all t_i together take O(k^3) operations: the second term is
     (s_i^T w_i) (s_i^T r_i) + x_i^T (H x_i - r_i), as Q^T C omega_i = r_i for a symmetric C. The standard error is the
-    paper's, sqrt(sum_i (t_i - mean)^2 / (k (k - 1))); the t_i are not quite independent, and in trials it was about a
-    fifth too small.
+    paper's, sqrt(sum_i (t_i - mean)^2 / (k (k - 1))). As the t_i share most of their test vectors they are not
+    independent: in trials with 30 products it was 0.69 (fast decay) to 0.96 (flat spectrum) of the true one, and an
+    interval of 95 % held the truth in 81 to 94 %.
 
     Args:
         products: at least 4; half of them, k, for the sketch C Omega, half for C Q. An odd one is not taken.
