@@ -114,6 +114,11 @@ class Approximation(Weighable):
 class StatisticalApproximation(Approximation):
     """An approximation that is a function of statistics which average over batches."""
 
+    @property
+    def averages(self) -> bool:
+        """Whether statistics of different batches add up. Default: they do."""
+        return True
+
     @abstractmethod
     def statistics(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Statistics:
         """Return the statistics of one batch, without the l2 term."""
@@ -146,6 +151,11 @@ class StatisticalApproximation(Approximation):
         return self.operator(
             objective, statistics_over(self, objective, loader, generator, type(self).__name__, progress)
         )
+
+
+def adds_up(approximation: object) -> bool:
+    """Return whether an approximation has statistics whose averages over batches make sense."""
+    return isinstance(approximation, StatisticalApproximation) and approximation.averages
 
 
 def statistics_over(
@@ -257,7 +267,7 @@ class WeightedSum(Approximation):
         if not self.parts:
             raise ValueError(f"{type(self).__name__} needs at least one pair (weight, approximation), got none.")
         for weight, part in self.parts:
-            if not isinstance(part, self._kind()):
+            if not isinstance(part, self._kind()) or (self._kind() is StatisticalApproximation and not adds_up(part)):
                 raise TypeError(f"{type(self).__name__} needs parts of type {self._kind().__name__}, got {part!r}.")
             if isinstance(weight, bool) or not isinstance(weight, Real) or not isfinite(weight):
                 raise ValueError(f"{type(self).__name__} needs finite weights, got {weight!r} for {part!r}.")
@@ -363,5 +373,5 @@ class StatisticalWeightedSum(WeightedSum, StatisticalApproximation):
 
 def weighted_sum(*parts: tuple[float, Approximation]) -> WeightedSum:
     """Return the sum with weights, with statistics where all parts have them."""
-    statistical = all(isinstance(part, StatisticalApproximation) for _, part in parts)
+    statistical = all(adds_up(part) for _, part in parts)
     return (StatisticalWeightedSum if statistical else WeightedSum)(parts)

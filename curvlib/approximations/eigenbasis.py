@@ -43,6 +43,7 @@ class InEigenbasis(LayerwiseApproximation):
     bases: Mapping[str, Basis] = field(kw_only=True)
     factors: KFAC | None = field(default=None, kw_only=True)
     counts_positions: ClassVar[bool] = True
+    in_eigenbasis: ClassVar[bool] = True
 
     def accumulate(self, factors: LayerFactors, means: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add the squares of the per-example gradients in the basis of each map."""

@@ -5,23 +5,21 @@ Symbols: as in :mod:`.eigenbasis`; S the averaged statistics of a running averag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from curvlib.approximations.assignment import Assignment, LayerAssignment
-from curvlib.approximations.base import check_repeatable, finite_statistics, statistics_over
+from curvlib.approximations.assignment import Assignment
 from curvlib.approximations.eigenbasis import Basis, InEigenbasis, eigenbases, moved_scales
 from curvlib.approximations.fallbacks import Fallback, check_fallback
 from curvlib.approximations.kfac import KFAC
 from curvlib.approximations.layerwise import check_vectors
-from curvlib.approximations.loss_curvature import drawn_seed
 from curvlib.approximations.moving_average import state_of, statistics_of
 from curvlib.approximations.running import RunningAverage, running_average
 from curvlib.approximations.statistics import Statistics
+from curvlib.approximations.two_sweeps import Standing, TwoSweeps
 from curvlib.approximations.weight_sharing import Expand, OneProduct
 from curvlib.extensions import LayerPlan
 from curvlib.matrices import CurvatureMatrix
@@ -33,7 +31,7 @@ _EARLY_UPDATES = 3
 
 
 @dataclass(frozen=True)
-class EKFAC(LayerAssignment):
+class EKFAC(TwoSweeps):
     r"""Block of a layer = U diag(s) U^T, U = U_G (x) U_A the eigenvectors of K-FAC's factors, s as it is on the batch.
 
     .. math:: s = \sum_n \sum_k \Bigl( U_G^T \bigl( \sum_t g_t a_t^T \bigr) U_A \Bigr)^2
@@ -52,8 +50,8 @@ class EKFAC(LayerAssignment):
     Modules that use one weight in two ways get the sum of two blocks, without the terms between the two uses: nearest
     part by part, not in the sum.
 
-    Over training steps :class:`EigenbasisAverage` keeps the basis and renews the scales at each. ``PerLayer`` and
-    ``MovingAverage`` refuse it: scales in different bases do not add up.
+    Over training steps :class:`EigenbasisAverage` keeps the basis and renews the scales at each; ``MovingAverage``
+    refuses it, as scales in different bases do not add up. It can be one of the choices of ``PerLayer``.
 
     Source: George, Laurent, Bouthillier, Ballas & Vincent 2018, sec. 3 and algorithm 1.
 
@@ -75,6 +73,10 @@ class EKFAC(LayerAssignment):
     weight_sharing: OneProduct = field(default_factory=Expand, kw_only=True)
     basis_every: int = field(default=20, kw_only=True)
     on_unsupported: Fallback = field(default="raise", kw_only=True)
+    # What a parameter outside every layer gets that PerLayer gives to this approximation by name: what it says itself.
+    own_fallback: ClassVar[Fallback | None] = None
+    # Why PerLayer could not mix it with others.
+    alone: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_vectors(self, self.matrix)
@@ -99,11 +101,7 @@ class EKFAC(LayerAssignment):
         Raises:
             NonFiniteStatisticsError: the statistics hold NaN or infinity.
         """
-        with full_precision(evaluation.layout.device):
-            factors, matrix = self.first_factors(evaluation, generator)
-            factors = finite_statistics(type(self).__name__, factors, float(evaluation.value))
-            scales = InEigenbasis(matrix, bases=eigenbases(evaluation.layers, factors), on_unsupported="exclude")
-            return scales.operator(evaluation.objective, factors.joined(scales.statistics(evaluation)))
+        return self.estimate_in_two_sweeps(evaluation, generator)
 
     def estimate_over(
         self,
@@ -120,33 +118,23 @@ class EKFAC(LayerAssignment):
         Raises:
             TypeError: the loader can be iterated once only.
         """
-        self.check(objective)
-        check_repeatable("estimate_over of EKFAC", loader)
-        seed = drawn_seed(generator) if self.matrix.draws else 0
+        return self.estimate_over_in_two_sweeps(objective, loader, generator, progress)
 
-        def draws() -> torch.Generator:
-            return torch.Generator(objective.layout.device).manual_seed(seed)
-
-        with full_precision(objective.layout.device):
-            factors = statistics_over(self.kfac(self.matrix), objective, loader, draws(), "EKFAC's factor", progress)
-            plan = tuple(layer for layer in objective.plan.layers if _has_factors(layer.name, factors))
-            scales = InEigenbasis(self.matrix, bases=eigenbases(plan, factors), on_unsupported="exclude")
-            found = statistics_over(scales, objective, loader, draws(), "EKFAC's scale", progress)
-            return scales.operator(objective, factors.joined(found))
-
-    def kfac(self, matrix: CurvatureMatrix) -> KFAC:
-        """Return the approximation that makes the factors, of this matrix or of its draws."""
+    def first_sweep(self, standing: Standing) -> KFAC:
+        """Return K-FAC."""
+        matrix = standing.get(self.matrix, self.matrix)
         return KFAC(matrix, weight_sharing=self.weight_sharing, on_unsupported=self.on_unsupported)
 
-    def first_factors(
-        self, evaluation: Evaluation, generator: torch.Generator | None
-    ) -> tuple[Statistics, CurvatureMatrix]:
-        """Return K-FAC's statistics of a batch, and the matrix whose vectors are those that they were made of."""
-        self._checked(evaluation.objective, evaluation.plan)
-        matrix = self.matrix
-        if matrix.draws:
-            matrix = _Drawn(tuple(matrix.vectors(evaluation, generator)), matrix.dense_vectors)
-        return self.kfac(matrix).statistics(evaluation, generator), matrix
+    def second_sweep(
+        self, bases: Mapping[str, Basis], standing: Standing, *, with_factors: bool = False
+    ) -> InEigenbasis:
+        """Return the scales in given bases; parameters outside every layer belong to the sweep of the factors."""
+        return InEigenbasis(
+            standing.get(self.matrix, self.matrix),
+            bases=bases,
+            factors=self.first_sweep(standing) if with_factors else None,
+            on_unsupported=self.on_unsupported if with_factors else "exclude",
+        )
 
 
 class EigenbasisAverage(RunningAverage):
@@ -160,7 +148,7 @@ class EigenbasisAverage(RunningAverage):
     Departure from George et al. 2018, whose scales start anew with each basis.
 
     Args:
-        approximation: EKFAC of some matrix.
+        approximation: EKFAC of some matrix, or PerLayer with EKFAC among its choices.
         decay: weight of the past, in [0, 1); when statistics come every m steps, give decay^m.
 
     Attributes:
@@ -179,9 +167,12 @@ class EigenbasisAverage(RunningAverage):
 
     cheap_inverse: ClassVar[bool] = True
 
-    def __init__(self, approximation: EKFAC, decay: float = 0.95) -> None:
-        if not isinstance(approximation, EKFAC):
-            raise TypeError(f"EigenbasisAverage needs EKFAC(matrix), got {approximation!r}: see MovingAverage.")
+    def __init__(self, approximation: TwoSweeps, decay: float = 0.95) -> None:
+        if not (isinstance(approximation, TwoSweeps) and approximation.basis_every > 0):
+            raise TypeError(
+                "EigenbasisAverage needs EKFAC(matrix), or PerLayer with EKFAC, got "
+                f"{approximation!r}: see MovingAverage."
+            )
         super().__init__(decay)
         self.approximation = approximation
         self._statistics: Statistics | None = None  # factors and scales
@@ -204,7 +195,7 @@ class EigenbasisAverage(RunningAverage):
             RuntimeError: there was no update with finite statistics yet.
         """
         statistics = self._known(self._statistics)
-        return InEigenbasis(self.approximation.matrix, bases=self._bases).operator(objective, statistics)
+        return self.approximation.second_sweep(self._bases, {}).operator(objective, statistics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged tensors, the bases and the counts."""
@@ -231,45 +222,22 @@ class EigenbasisAverage(RunningAverage):
         self, evaluation: Evaluation, generator: torch.Generator | None
     ) -> tuple[Statistics | None, dict[str, Basis], Statistics]:
         """Return the average so far in the basis of this update, that basis, and the batch's statistics in it."""
-        ekfac, past, bases = self.approximation, self._statistics, self._bases
+        approximation, past, bases = self.approximation, self._statistics, self._bases
         if past is None:
-            factors, matrix = ekfac.first_factors(evaluation, generator)
+            factors, standing = approximation.first_factors(evaluation, generator)
             if not factors.is_finite():
                 return None, {}, factors
-            bases = eigenbases(evaluation.layers, factors)
-            scales = InEigenbasis(matrix, bases=bases, on_unsupported="exclude").statistics(evaluation)
+            bases = eigenbases(approximation.layers_with_bases(evaluation, factors), factors)
+            scales = approximation.second_sweep(bases, standing).statistics(evaluation, generator)
             return None, bases, factors.joined(scales)
         # after one update the factors are those that the basis was made of
-        if self.updates > 1 and (self.updates <= _EARLY_UPDATES or self.updates % ekfac.basis_every == 0):
-            layers = tuple(layer for layer in evaluation.layers if _has_factors(layer.name, past))
-            bases = eigenbases(layers, past)
+        if self.updates > 1 and (self.updates <= _EARLY_UPDATES or self.updates % approximation.basis_every == 0):
+            bases = eigenbases(approximation.layers_with_bases(evaluation, past), past)
             past = moved_scales(past, self._bases, bases)
-        both = InEigenbasis(
-            ekfac.matrix, bases=bases, factors=ekfac.kfac(ekfac.matrix), on_unsupported=ekfac.on_unsupported
-        )
+        both = approximation.second_sweep(bases, {}, with_factors=True)
         return past, bases, both.statistics(evaluation, generator)
 
 
 @running_average.register
 def _(approximation: EKFAC, decay: float) -> RunningAverage:
     return EigenbasisAverage(approximation, decay)
-
-
-@dataclass(frozen=True, eq=False)
-class _Drawn(CurvatureMatrix):
-    """The vectors of one evaluation, drawn once, so that several sweeps over the layers see the same ones."""
-
-    drawn: tuple[Tensor, ...]
-    dense_vectors: bool  # type: ignore[misc]
-
-    def vectors(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Yield the vectors."""
-        return iter(self.drawn)
-
-    def output_product(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Any:
-        """Refuse: the vectors are for layer statistics."""
-        raise TypeError("vectors drawn once have no products.")
-
-
-def _has_factors(layer: str, statistics: Statistics) -> bool:
-    return any(key.startswith(f"{layer}|") for key in statistics.sums)

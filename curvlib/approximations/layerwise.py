@@ -41,6 +41,8 @@ class LayerwiseApproximation(AssignedApproximation):
     own_fallback: ClassVar[Fallback | None] = None
     # Whether a matrix that gives products only will do: see exact_blocks_of.
     takes_products: ClassVar[bool] = False
+    # Whether it is diagonal in eigenbases that have to be made first.
+    in_eigenbasis: ClassVar[bool] = False
     # Whether statistics average over positions, so that padded ones have to be known.
     counts_positions: ClassVar[bool] = False
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from curvlib.approximations.base import StatisticalApproximation
+from curvlib.approximations.base import StatisticalApproximation, adds_up
 from curvlib.approximations.running import RunningAverage, running_average
 from curvlib.approximations.statistics import Statistics
 from curvlib.objective import Evaluation, Objective
@@ -39,7 +39,7 @@ class MovingAverage(RunningAverage):
     """
 
     def __init__(self, approximation: StatisticalApproximation, decay: float = 0.95) -> None:
-        if not isinstance(approximation, StatisticalApproximation):
+        if not adds_up(approximation):
             raise TypeError(
                 f"MovingAverage needs an approximation with statistics that average (KFAC, Diagonal, BlockDiagonal, "
                 f"Dense, Identity), got {approximation!r}. (EKFAC has an EigenbasisAverage.)"

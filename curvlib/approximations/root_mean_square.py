@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from curvlib.approximations.base import StatisticalApproximation, with_l2
+from curvlib.approximations.base import StatisticalApproximation, adds_up, with_l2
 from curvlib.approximations.description import BlockRow, Description
 from curvlib.approximations.statistics import Statistics
 from curvlib.extensions import LayerPlan
@@ -50,7 +50,7 @@ class RootMeanSquareDiagonal(StatisticalApproximation):
     diagonals: StatisticalApproximation
 
     def __post_init__(self) -> None:
-        if not isinstance(self.diagonals, StatisticalApproximation):
+        if not adds_up(self.diagonals):
             raise TypeError(
                 "RootMeanSquareDiagonal needs an approximation with statistics, such as HutchinsonDiagonal(Hessian(), "
                 f"probes=1) or Diagonal(GGN()), got {self.diagonals!r}."

@@ -193,7 +193,7 @@ def _batches(one: Estimates, claims: _Claims) -> None:
     one.equal("estimate_over(batches) = its transpose", over, over.T)
     if claims.averages:
         one.equal("estimate_over(batches) = estimate of all of them at once", over, one.C)
-    if isinstance(approximation, StatisticalApproximation):
+    if isinstance(approximation, StatisticalApproximation) and approximation.averages:
         average = MovingAverage(approximation, decay=0.9)
         for _ in range(3):
             subject.value(

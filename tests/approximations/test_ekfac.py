@@ -17,7 +17,6 @@ from curvlib.approximations import (
     Expand,
     LinearGaussian,
     MovingAverage,
-    PerLayer,
     Reduce,
     WeightedSum,
     running_average,
@@ -243,8 +242,6 @@ def test_undefined_combinations_are_refused_by_name(arguments, error, message):
 def test_what_does_not_average_or_mix_refuses_it_by_name():
     with pytest.raises(TypeError, match=r"got EKFAC.*EKFAC has an EigenbasisAverage"):
         MovingAverage(EKFAC(GGN()))
-    with pytest.raises(TypeError, match=r"PerLayer needs layerwise approximations .* got EKFAC"):
-        PerLayer([("0", EKFAC(GGN()))], otherwise=None)
     with pytest.raises(TypeError, match="EigenbasisAverage needs EKFAC"):
         EigenbasisAverage(KFAC(GGN()))
     with pytest.raises(UnsupportedLayerError, match=r"EKFAC has no layer rule for .* Bilinear"):

@@ -147,6 +147,10 @@ APPROXIMATIONS = (
     *(Case(LowRank(GGN(), method=method), LEADING) for method in OF_RANK_2),
     Case(Identity(), {"exact_on": ExactOn(matrix=unit), "degree": 0.0}),
     Case(PerLayer([("0", BlockDiagonal(GGN()))], otherwise=KFAC(GGN())), {"exact_on": BLOCKS_OF_ONE}),
+    Case(
+        PerLayer([("0", EKFAC(GGN()))], otherwise=KFAC(GGN())),
+        {"exact_on": ExactOn(matrix=ggn, part=ON_BLOCKS.part, examples=1, positions=False)},
+    ),
     Case(PerLayer([], otherwise=Diagonal(GGN())), {"exact_on": ExactOn(matrix=ggn, part=diagonal_entries)}),
     # its scale is that of the examples, whatever the loss divides by
     Case(StructuralDamping(modules=(nn.Linear,)), {"exact_on": NOWHERE, "degree": None}),
