@@ -15,16 +15,24 @@ from curvlib.approximations import (
     Approximation,
     BlockDiagonal,
     ByOutputUnit,
+    ByParameter,
     Dense,
     Diagonal,
+    EstimatedRemainder,
     Exact,
     GeneralTransition,
+    HutchinsonDiagonal,
     Identity,
+    Independent,
+    LanczosTruncation,
     LinearGaussian,
     LowRank,
+    LowRankBlocks,
+    Nystrom,
     RandomizedSketch,
     Reduce,
     Remainder,
+    RootDiagonal,
     SymmetricTransition,
     TridiagonalKFAC,
 )
@@ -36,9 +44,7 @@ MATRICES.register("ggn", GGN())
 MATRICES.register("fisher", Fisher(samples=1))
 MATRICES.register("empirical-fisher", EmpiricalFisher())
 # To be looked at: those that a method trains with, and the Hessian, which may be indefinite.
-INSPECTED_MATRICES: Registry[Any] = Registry("curvature matrix")
-for _name, _matrix in MATRICES.items():
-    INSPECTED_MATRICES.register(_name, _matrix)
+INSPECTED_MATRICES: Registry[Any] = Registry("curvature matrix", base=MATRICES)
 INSPECTED_MATRICES.register("hessian", Hessian())
 
 # Each takes the matrix that it approximates; the identity has no use for it.
@@ -60,6 +66,22 @@ _IDENTITY = "identity"
 APPROXIMATIONS.register(_IDENTITY, lambda matrix: Identity())
 APPROXIMATIONS.register("unit-blocks", partial(BlockDiagonal, partition=ByOutputUnit()))
 APPROXIMATIONS.register("low-rank", partial(LowRank, method=RandomizedSketch(rank=20), diagonal=Remainder()))
+
+# To be looked at: all of the above, and those that are made another way, or are no curvature to train with.
+INSPECTED_APPROXIMATIONS: Registry[Callable[[Any], Approximation]] = Registry(
+    "curvature approximation", base=APPROXIMATIONS
+)
+_register = INSPECTED_APPROXIMATIONS.register
+_register("kfac-independent", partial(KFAC, weight_sharing=Independent()))
+_register("parameter-blocks", partial(BlockDiagonal, partition=ByParameter()))
+_register("low-rank-blocks", partial(BlockDiagonal, blocks=LowRankBlocks(rank=20)))
+_register("hutchinson-diagonal", HutchinsonDiagonal)
+_register("root-diagonal", RootDiagonal)
+_register("low-rank-alone", partial(LowRank, method=RandomizedSketch(rank=20)))
+_register("low-rank-estimated", partial(LowRank, method=RandomizedSketch(rank=20), diagonal=EstimatedRemainder()))
+_register("low-rank-nystrom", partial(LowRank, method=Nystrom(rank=20)))
+_register("low-rank-lanczos", partial(LowRank, method=LanczosTruncation(rank=20)))
+_register("full-rank", LowRank)
 
 
 @dataclass(frozen=True, kw_only=True)

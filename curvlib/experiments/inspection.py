@@ -16,8 +16,8 @@ The inverse on selected coordinates is the inverse of the submatrix: all other p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -26,22 +26,27 @@ from torch import Tensor
 import curvlib
 from curvlib.approximations import Approximation, Exact
 from curvlib.experiments.clock import TrainingClock
-from curvlib.experiments.curvatures import APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS, INSPECTED_MATRICES
 from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.inspection_choice import (
+    NOT_APPLICABLE,
+    ON_UNSUPPORTED,
+    REFERENCES,
+    Choice,
+    choices_for,
+    refuse_if_none_applies,
+)
 from curvlib.experiments.inspection_matrix import Looked, damped_step, look, relative_error, spectral_norm
-from curvlib.experiments.inspection_memory import bytes_of, check_bytes
+from curvlib.experiments.inspection_memory import bytes_of, check_selection
 from curvlib.experiments.inspection_selection import Selection, select
 from curvlib.operators import LinearOperator
 from curvlib.spectra import SpectralDensity, SpectralMeasure
 
-# What says that an approximation is not for this model, matrix or machine. Others are mistakes of curvlib.
-_NOT_APPLICABLE = (TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError)
-# The matrix itself, which is what all others are held against.
-_REFERENCES = ("exact", "dense")
 # A short estimate is made this often, and the shortest time counts.
 _REPETITIONS, _SHORT_SECONDS = 3, 0.3
-# Two approximations that differ by less, relative to the matrix, are one: float32 rounds in other orders.
-_SAME = 1e-5
+# Two approximations that differ by less, relative to the matrix, are one: float32 rounds in other orders. Norms of
+# differences are those of products with this many random vectors, so that no matrices have to be kept for it.
+_SAME, _VECTORS = 1e-5, 16
 
 Report = Callable[[str, float], None]
 
@@ -54,6 +59,8 @@ class Inspection:
         matrix: name of the exact matrix.
         approximations: names; empty takes all but the matrix itself.
         approximated: name of the matrix that the approximations are of; None is the exact one.
+        on_unsupported: what parameters outside every layer get in a layerwise approximation: "raise", "diagonal",
+            "dense" or "exclude", see :class:`~curvlib.approximations.LayerwiseApproximation`.
         layers: names or patterns; empty takes all.
         most: coordinates that may be selected.
         damping: lambda > 0 in the units of C; None is the mean absolute eigenvalue of C.
@@ -68,6 +75,7 @@ class Inspection:
     matrix: str = "ggn"
     approximations: tuple[str, ...] = ()
     approximated: str | None = None
+    on_unsupported: str = "raise"
     layers: tuple[str, ...] = ()
     most: int = 2000
     damping: float | None = None
@@ -79,7 +87,11 @@ class Inspection:
         for name in (self.matrix, *(() if self.approximated is None else (self.approximated,))):
             INSPECTED_MATRICES.get(name)
         for name in self.approximations:
-            APPROXIMATIONS.get(name)
+            INSPECTED_APPROXIMATIONS.get(name)
+        if self.on_unsupported not in ON_UNSUPPORTED:
+            raise ExperimentError(
+                f"on_unsupported must be one of {', '.join(ON_UNSUPPORTED)}, got {self.on_unsupported!r}."
+            )
         if len(set(self.approximations)) < len(self.approximations):
             raise ExperimentError(f"Each approximation is looked at once, got {', '.join(self.approximations)}.")
         if self.most < 1:
@@ -90,7 +102,12 @@ class Inspection:
     @property
     def names(self) -> tuple[str, ...]:
         """The approximations that are looked at."""
-        return self.approximations or tuple(name for name in APPROXIMATIONS if name not in _REFERENCES)
+        return self.approximations or tuple(name for name in INSPECTED_APPROXIMATIONS if name not in REFERENCES)
+
+    @property
+    def of(self) -> str:
+        """The name of the matrix that is approximated."""
+        return self.approximated or self.matrix
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +117,7 @@ class InspectedRow:
     Args:
         name: of the approximation.
         reason: why it does not apply here; all else is None then.
+        refuses_unsupported: whether the reason is parameters for which another ``on_unsupported`` would be a remedy.
         note: something to know about its numbers.
         same_as: an earlier approximation with the same numbers on these coordinates.
         error: relative Frobenius error.
@@ -115,6 +133,7 @@ class InspectedRow:
 
     name: str
     reason: str | None = None
+    refuses_unsupported: bool = False
     note: str | None = None
     same_as: str | None = None
     error: float | None = None
@@ -141,6 +160,7 @@ class Inspected:
         rows: one an approximation.
         density: spectrum of the whole exact matrix, None where all of it is looked at.
         note: something to know about the exact matrix.
+        unsupported: parameters outside every layer, each with the reason.
     """
 
     inspection: Inspection
@@ -151,6 +171,7 @@ class Inspected:
     rows: tuple[InspectedRow, ...]
     density: SpectralMeasure | None = None
     note: str | None = None
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def drawn(self) -> Iterator[tuple[InspectedRow, Looked]]:
@@ -169,19 +190,49 @@ def inspect_evaluation(evaluation: curvlib.Evaluation, inspection: Inspection, r
         report: told what is done, and the part of it that is done.
 
     Raises:
-        ExperimentError: the layers are unknown or too large, or the exact matrix cannot be made of this model.
+        ExperimentError: the layers are unknown or too large, no approximation applies, or the exact matrix cannot be
+            made of this model.
+    """
+    return _Inspector(evaluation, inspection, prepare(evaluation, inspection), report).run()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Preparation:
+    """What is known of an inspection before any computation.
+
+    Args:
+        selection: the coordinates.
+        choices: the approximations.
+        memory: about how many bytes the matrices on the coordinates take at once.
+    """
+
+    selection: Selection
+    choices: tuple[Choice, ...]
+    memory: int
+
+
+def prepare(evaluation: curvlib.Evaluation, inspection: Inspection) -> Preparation:
+    """Return what is known before any computation, or refuse it.
+
+    Raises:
+        ExperimentError: the layers are unknown or too large, or no approximation applies.
     """
     selection = select(evaluation, inspection.layers, inspection.most)
-    return _Inspector(evaluation, inspection, selection, report).run()
+    return Preparation(
+        selection=selection,
+        memory=check_selection(selection.size, selection.total, inspection.inverses, evaluation.layout.device),
+        choices=choices_for(evaluation, inspection.names, inspection.of, inspection.on_unsupported),
+    )
 
 
 class _Inspector:
     """The work of :func:`inspect_evaluation`, with what all approximations are held against."""
 
     def __init__(
-        self, evaluation: curvlib.Evaluation, inspection: Inspection, selection: Selection, report: Report
+        self, evaluation: curvlib.Evaluation, inspection: Inspection, preparation: Preparation, report: Report
     ) -> None:
-        self._evaluation, self._inspection, self._selection, self._report = evaluation, inspection, selection, report
+        self._evaluation, self._inspection, self._report = evaluation, inspection, report
+        self._selection, self._choices = preparation.selection, preparation.choices
         self._seen: list[tuple[InspectedRow, Tensor]] = []
 
     def run(self) -> Inspected:
@@ -192,11 +243,12 @@ class _Inspector:
             C = selection.submatrix(operator, lambda part: self._report("exact", part))
             self._gradient = self._evaluation.gradient()[selection.coordinates].double()
             density = self._density(operator, "exact")
-        except _NOT_APPLICABLE as error:
+        except NOT_APPLICABLE as error:
             raise ExperimentError(f"The exact matrix cannot be made of this model: {error}") from error
         if not bool(C.isfinite().all()):
             raise ExperimentError("The exact matrix has entries that are not finite: train with smaller steps.")
         self._C = C
+        self._vectors = torch.randn(len(C), _VECTORS, dtype=C.dtype, device=C.device, generator=self._draws())
         eigenvalues = torch.linalg.eigvalsh(C)
         self._damping = ask.damping if ask.damping is not None else float(eigenvalues.abs().mean())
         if not self._damping > 0.0:
@@ -204,7 +256,8 @@ class _Inspector:
         self._norms = float(torch.linalg.matrix_norm(C)), float(eigenvalues.abs().max())
         self._exact = look(C, eigenvalues, self._damping, ask.inverses)
         self._step = damped_step(C, self._gradient, self._damping)
-        rows = tuple(self._row(name) for name in ask.names)
+        rows = tuple(self._row(choice) for choice in self._choices)
+        refuse_if_none_applies(ask.of, [(row.name, row.reason) for row in rows])
         inside = sum(float(C[part, part].square().sum()) for part in selection.slices)
         return Inspected(
             inspection=ask,
@@ -215,28 +268,32 @@ class _Inspector:
             rows=rows,
             density=density,
             note=self._exact.indefinite_note(self._damping),
+            unsupported=self._evaluation.plan.unsupported,
         )
 
-    def _row(self, name: str) -> InspectedRow:
+    def _row(self, choice: Choice) -> InspectedRow:
+        name, approximation = choice.name, choice.approximation
+        if approximation is None:
+            return InspectedRow(name=name, reason=choice.reason, refuses_unsupported=choice.refuses_unsupported)
         self._report(name, 0.0)
-        ask = self._inspection
         try:
-            approximation = APPROXIMATIONS.get(name)(INSPECTED_MATRICES.get(ask.approximated or ask.matrix))
-            check_bytes(approximation, self._evaluation)
             operator, seconds = self._timed(approximation)
             B = self._selection.submatrix(operator, lambda part: self._report(name, 0.9 * part))
             if not bool(B.isfinite().all()):
                 raise ArithmeticError("it has entries that are not finite")
             row = self._compare(name, B, operator, seconds)
-        except _NOT_APPLICABLE as error:
+            notes = [note for note in (choice.note, row.note) if note]
+            row = dataclasses.replace(row, note="; ".join(notes) or None)
+        except NOT_APPLICABLE as error:
             row = InspectedRow(name=name, reason=str(error))
         self._report(name, 1.0)
         return row
 
     def _compare(self, name: str, B: Float[Tensor, "d d"], operator: LinearOperator, seconds: float) -> InspectedRow:
         C, (frobenius, spectral), slices = self._C, self._norms, self._selection.slices
-        for earlier, matrix in self._seen:
-            if float(torch.linalg.matrix_norm(B - matrix)) <= _SAME * frobenius:
+        sketch = B @ self._vectors
+        for earlier, other in self._seen:
+            if float(torch.linalg.matrix_norm(sketch - other)) <= _SAME * frobenius * _VECTORS**0.5:
                 return dataclasses.replace(
                     earlier, name=name, same_as=earlier.name, memory=bytes_of(operator), seconds=seconds, density=None
                 )
@@ -256,7 +313,7 @@ class _Inspector:
             looked=looked.against(exact_inverse).without_matrices(),
             density=self._density(operator, name),
         )
-        self._seen.append((row, B))
+        self._seen.append((row, sketch))
         return row
 
     def _timed(self, approximation: Approximation) -> tuple[LinearOperator, float]:

@@ -15,14 +15,15 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from curvlib.experiments.curvatures import APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS, INSPECTED_MATRICES
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.inspection import Inspected, Inspection, inspect_evaluation
+from curvlib.experiments.inspection import Inspected, Inspection, inspect_evaluation, prepare
+from curvlib.experiments.inspection_choice import ON_UNSUPPORTED
 from curvlib.experiments.inspection_figures import Picture, pictures_of
 from curvlib.experiments.inspection_folder import DOCUMENT, PAGE, InspectionFolder
 from curvlib.experiments.inspection_report import document, html_page, legend, remarks, results_table, versions
-from curvlib.experiments.inspection_selection import select
 from curvlib.experiments.inspection_subject import Subject, Training, find_function, own_model, trained
+from curvlib.experiments.listing import approximations_table
 from curvlib.experiments.methods import METHODS, configure
 from curvlib.experiments.problems import PROBLEMS
 from curvlib.experiments.terminal import console_of_command, device_named
@@ -49,7 +50,13 @@ _DENSITY = SpectralDensity(steps=40, probes=8)
     "--approximation",
     "approximations",
     multiple=True,
-    help=f"Repeatable; of {', '.join(APPROXIMATIONS)}.  [default: all that are not the matrix itself]",
+    help=f"Repeatable; of {', '.join(INSPECTED_APPROXIMATIONS)}.  [default: all that are not the matrix itself]",
+)
+@click.option(
+    "--on-unsupported",
+    default=ON_UNSUPPORTED[0],
+    type=click.Choice(ON_UNSUPPORTED),
+    help="What parameters outside every layer get in a layerwise approximation; raise leaves it out, with the reason.",
 )
 @click.option("--layers", help="Names or patterns, such as 2,4,6 or 'encoder.*'.  [default: all]")
 @click.option("--most", type=click.IntRange(min=1), default=2000, help="Coordinates that may be looked at.")
@@ -71,6 +78,14 @@ _DENSITY = SpectralDensity(steps=40, probes=8)
 @click.option("--device", default="auto", type=click.Choice(["cpu", "cuda", "auto"]), help="Where to compute.")
 @click.option(
     "--set", "assignments", multiple=True, metavar="OPTION=VALUE", help="Repeatable; an option of the method."
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _, asked: _list_approximations(context, asked),
+    help="List the approximations and the matrices for which they are defined, and exit.",
 )
 @click.pass_context
 def inspect_curvature(
@@ -102,12 +117,19 @@ def inspect_curvature(
     _tell(console, subject, inspected, folder)
 
 
+def _list_approximations(context: click.Context, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        console_of_command().print(approximations_table())
+        context.exit()
+
+
 def _inspection(request: Mapping[str, Any]) -> Inspection:
     layers: str | None = request["layers"]
     return Inspection(
         matrix=request["matrix"],
         approximated=request["approximated"],
         approximations=request["approximations"],
+        on_unsupported=request["on_unsupported"],
         layers=() if layers is None else tuple(part.strip() for part in layers.split(",") if part.strip()),
         most=request["most"],
         damping=request["damping"],
@@ -147,9 +169,7 @@ def _subject_maker(
     if context.get_parameter_source("data") is ParameterSource.COMMANDLINE and not problem.source.reads_files:
         click.echo(f"Warning: --data {request['data']} is not used: {problem.name} needs no data files.", err=True)
     loaded = problem.load(request["data"])
-    return lambda report: trained(
-        training, loaded, report, lambda evaluation: select(evaluation, inspection.layers, inspection.most)
-    )
+    return lambda report: trained(training, loaded, report, lambda evaluation: prepare(evaluation, inspection))
 
 
 def _assignment(text: str) -> tuple[str, str]:

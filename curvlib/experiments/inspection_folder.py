@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.interruption import Interruption
 
 DOCUMENT = "inspection.json"
 PAGE = "report.html"
@@ -22,7 +23,7 @@ class InspectionFolder:
         overwrite: whether an earlier inspection gives way.
 
     Raises:
-        ExperimentError: it holds an earlier inspection, or cannot be written. Nothing has been written then.
+        ExperimentError: it holds an earlier inspection, or cannot be written. Nothing is written before :meth:`write`.
     """
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
@@ -37,9 +38,10 @@ class InspectionFolder:
                     "--output."
                 )
             self._earlier = self._files_of_earlier()
+        # A folder that is made now would stay empty if the inspection failed.
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
+            with tempfile.TemporaryFile(dir=nearest):
                 pass
         except OSError as error:
             raise ExperimentError(
@@ -59,12 +61,20 @@ class InspectionFolder:
                 f"{', '.join(str(self.path / name) for name in foreign)} would be replaced and belongs to no earlier "
                 "inspection: move it away, or choose another folder with --output."
             )
-        for name in self._earlier - set(files):
-            (self.path / name).unlink(missing_ok=True)
-        for name, content in files.items():
-            partial = self.path / f"{name}.part"
-            partial.write_bytes(content)
-            os.replace(partial, self.path / name)
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = {name: self.path / f"{name}.part" for name in files}
+        try:
+            for name, content in files.items():
+                partial[name].write_bytes(content)
+            # From here on an interruption would leave files of two inspections: it has to wait for a few renamings.
+            with Interruption(lambda: None):
+                for name in self._earlier - set(files):
+                    (self.path / name).unlink(missing_ok=True)
+                for name in files:
+                    os.replace(partial[name], self.path / name)
+        finally:
+            for place in partial.values():
+                place.unlink(missing_ok=True)
 
     def _files_of_earlier(self) -> set[str]:
         place = self.path / DOCUMENT

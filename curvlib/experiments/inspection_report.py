@@ -15,7 +15,9 @@ from rich.table import Table
 
 from curvlib import __version__
 from curvlib.experiments.inspection import Inspected, InspectedRow
+from curvlib.experiments.inspection_choice import ON_UNSUPPORTED
 from curvlib.experiments.inspection_figures import Picture
+from curvlib.experiments.inspection_memory import size_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 92rem; padding: 0 1rem; color: #222; }
@@ -26,7 +28,6 @@ td { text-align: right; font-variant-numeric: tabular-nums; } th, td:first-child
 td.text { text-align: left; } img { max-width: 100%; height: auto; } .note { color: #666; max-width: 60rem; }
 code { background: #f2f2f2; padding: 0.1rem 0.3rem; }
 """
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ def results_table(inspected: Inspected) -> Table:
 def remarks(inspected: Inspected) -> list[str]:
     """Return a line for everything that the numbers alone do not say."""
     lines = [f"exact: {inspected.note}."] if inspected.note else []
+    lines += _unsupported(inspected)
     for row in inspected.rows:
         if row.reason:
             lines.append(f"{row.name} does not apply: {row.reason}")
@@ -58,6 +60,19 @@ def remarks(inspected: Inspected) -> list[str]:
         if row.same_as:
             lines.append(f"{row.name} has the same entries as {row.same_as} on these layers, and is drawn there.")
     return lines
+
+
+def _unsupported(inspected: Inspected) -> list[str]:
+    refusing = [row.name for row in inspected.rows if row.refuses_unsupported]
+    if not refusing:
+        return []
+    outside = set(inspected.unsupported)
+    seen = outside & {region.name for region in inspected.selection.regions}
+    where = "" if seen else ", none of them in the layers looked at, so that the errors are the same with each of these"
+    return [
+        f"{', '.join(refusing)} left out for parameters outside every layer ({', '.join(sorted(outside))}): give them "
+        f"something with --on-unsupported {', '.join(ON_UNSUPPORTED[1:])}{where}."
+    ]
 
 
 def legend(inspected: Inspected) -> str:
@@ -88,6 +103,9 @@ def document(inspected: Inspected, how: Mapping[str, str], files: Sequence[str])
         "parameters": selection.total,
         "layers": [{"name": region.name, "size": region.size} for region in selection.regions],
         "matrix": inspected.inspection.matrix,
+        "approximated": inspected.inspection.of,
+        "on_unsupported": inspected.inspection.on_unsupported,
+        "unsupported": dict(inspected.unsupported),
         "damping": inspected.damping,
         "diagonal_share": inspected.diagonal_share,
         "exact": {"note": inspected.note, "eigenvalues": inspected.exact.eigenvalues.tolist()},
@@ -169,7 +187,7 @@ def _columns(inspected: Inspected) -> list[_Column]:
         _Column(title="error", text=lambda row: _number(row.error)),
         _Column(title="spectral", text=lambda row: _number(row.spectral_error)),
         _Column(title="step cosine", text=lambda row: _number(row.step_cosine)),
-        _Column(title="memory", text=lambda row: _size(row.memory)),
+        _Column(title="memory", text=lambda row: "-" if row.memory is None else size_text(row.memory)),
         _Column(title="time", text=lambda row: _time(row.seconds)),
     ]
     if inspected.inspection.inverses:
@@ -192,13 +210,6 @@ def _layers(inspected: Inspected) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.2e}"
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "-"
-    unit, scale = next(((unit, scale) for unit, scale in _UNITS if count >= scale), ("B", 1.0))
-    return f"{count / scale:.3g} {unit}"
 
 
 def _time(seconds: float | None) -> str:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import curvlib
 from curvlib.experiments.errors import ExperimentError
+from curvlib.experiments.inspection_memory import size_text, unit_block_columns
 from curvlib.operators import LinearOperator
 
-# Numbers of the block of unit vectors that an operator is multiplied with at once, and the most columns in it.
-_NUMBERS_AT_ONCE = 2**24
-_COLUMNS_AT_ONCE = 64
+# Layers that a message lists.
+_MOST_NAMES = 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +85,7 @@ class Selection:
             advance: told which part of the products is done.
         """
         S, d = self.coordinates, self.size
-        step = max(1, min(_COLUMNS_AT_ONCE, _NUMBERS_AT_ONCE // operator.size))
+        step = unit_block_columns(operator.size)
         columns = []
         for start in range(0, d, step):
             chosen = S[start : start + step]
@@ -121,8 +121,8 @@ def select(evaluation: curvlib.Evaluation, patterns: Sequence[str], most: int) -
     if selection.size > most:
         raise ExperimentError(
             f"{'The layers' if patterns else 'All layers'} have {selection.size:,} coordinates, more than --most "
-            f"{most:,}; every matrix would take {8 * selection.size**2 / 1e9:.3g} GB. "
-            f"Choose fewer with --layers{_suggestion(regions, most)}, or raise --most. Layers: {_sizes(regions)}."
+            f"{most:,}; every matrix would take {size_text(8 * selection.size**2)}. {_remedy(regions, most)}, or use "
+            f"--estimate, which has no pictures. Layers: {_sizes(regions)}."
         )
     return selection
 
@@ -139,17 +139,22 @@ def _regions(evaluation: curvlib.Evaluation) -> Iterator[Region]:
         yield Region(name=name, coordinates=evaluation.layout.coordinates(name))
 
 
-def _suggestion(regions: Sequence[Region], most: int) -> str:
+def _remedy(regions: Sequence[Region], most: int) -> str:
     """Return a selection that is small enough: as many layers in a row as possible, those in the middle first."""
     count = len(regions)
-    runs = [
+    runs = (
         regions[start : start + length]
         for length in range(count - 1, 0, -1)
         for start in sorted(range(count - length + 1), key=lambda start: abs(2 * start + length - count))
-    ]
-    fitting = (run for run in runs if sum(region.size for region in run) <= most)
-    return next((f" {','.join(region.name for region in run)}" for run in fitting), "")
+    )
+    chosen = next((run for run in runs if sum(region.size for region in run) <= most), None)
+    if chosen is not None:
+        return f"Choose fewer with --layers {','.join(region.name for region in chosen)}, raise --most"
+    least = min(regions, key=lambda region: region.size)
+    return f"The smallest layer is {least.name} with {least.size:,}: choose it with --layers and raise --most"
 
 
 def _sizes(regions: Sequence[Region]) -> str:
-    return ", ".join(f"{region.name} ({region.size:,})" for region in regions)
+    shown = ", ".join(f"{region.name} ({region.size:,})" for region in regions[:_MOST_NAMES])
+    more = len(regions) - _MOST_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown

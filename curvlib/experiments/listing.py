@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from rich.table import Table
 
+from curvlib.approximations import Approximation
+from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.experiments.inspection_choice import NOT_APPLICABLE, approximation_of
 from curvlib.experiments.methods import METHODS, configure
 from curvlib.experiments.options import AUTOMATIC, options_of
 from curvlib.experiments.problems import PROBLEM, PROBLEMS, Problem
@@ -53,3 +58,37 @@ def methods_table(problem: Problem) -> Table:
             table.add_row(f"{name}.{entry.name}", shown, f"{entry.explanation} ({entry.expectation})")
         table.add_section()
     return table
+
+
+def approximations_table() -> Table:
+    """Return the approximations that can be looked at, and the matrices for which each is defined; fits 80 columns."""
+    table = Table(title="Approximations, and the matrices for which they are defined")
+    table.add_column("name", no_wrap=True)
+    table.add_column("in curvlib.approximations", overflow="fold")
+    for name in INSPECTED_MATRICES:
+        table.add_column(name.replace("-", "\n"), justify="center")
+    for name in INSPECTED_APPROXIMATIONS:
+        of = {matrix: _defined(name, matrix) for matrix in INSPECTED_MATRICES}
+        some = next((approximation for approximation in of.values() if approximation is not None), None)
+        made = "-" if some is None else _constructor(some)
+        table.add_row(name, made, *("-" if approximation is None else "yes" for approximation in of.values()))
+    return table
+
+
+def _defined(name: str, matrix: str) -> Approximation | None:
+    try:
+        return approximation_of(name, matrix)
+    except NOT_APPLICABLE:
+        return None
+
+
+def _constructor(approximation: Any) -> str:
+    """Return how it is made, without its matrix and what has its default value."""
+    given = []
+    for entry in dataclasses.fields(approximation) if dataclasses.is_dataclass(approximation) else ():
+        made = entry.default_factory
+        default = entry.default if made is dataclasses.MISSING else made()
+        value = getattr(approximation, entry.name)
+        if entry.name != "matrix" and value != default:
+            given.append(f"{entry.name}={value!r}")
+    return f"{type(approximation).__name__}({', '.join(given)})"

@@ -14,6 +14,10 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Named values of one kind, in the order in which they were registered.
 
+    Args:
+        kind: what they are, for messages.
+        base: a registry whose names, also later ones, come first.
+
     Example:
         >>> colours = Registry("colour")
         >>> colours.register("red", 0xFF0000)
@@ -25,8 +29,9 @@ class Registry(Generic[T]):
         curvlib.experiments.errors.ExperimentError: Unknown colour 'rde'; did you mean 'red'? Known: red.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, base: Registry[T] | None = None) -> None:
         self.kind = kind
+        self._base = base
         self._values: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> None:
@@ -35,7 +40,7 @@ class Registry(Generic[T]):
         Raises:
             ExperimentError: the name is taken.
         """
-        if name in self._values:
+        if name in self:
             raise ExperimentError(f"A {self.kind} named {name!r} is registered already: choose another name.")
         self._values[name] = value
 
@@ -45,18 +50,21 @@ class Registry(Generic[T]):
         Raises:
             ExperimentError: nothing has that name; the message lists all names.
         """
-        if name in self._values:
-            return self._values[name]
-        close = difflib.get_close_matches(name, self._values, n=1)
+        known = dict(self.items())
+        if name in known:
+            return known[name]
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ExperimentError(f"Unknown {self.kind} {name!r}{hint} Known: {', '.join(self._values)}.")
+        raise ExperimentError(f"Unknown {self.kind} {name!r}{hint} Known: {', '.join(known)}.")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return (name for name, _ in self.items())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values
+        return name in set(self)
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """Yield (name, value) in order of registration."""
+        """Yield (name, value) in order of registration, those of the base first."""
+        if self._base is not None:
+            yield from self._base.items()
         yield from self._values.items()

@@ -1,6 +1,7 @@
 """A curvature beside its approximations: every number against dense matrices, selections, refusals."""
 
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -9,10 +10,17 @@ from inspected_models import SIZES, evaluation, tiny, unsupported
 from torch import nn
 
 import curvlib
-from curvlib.approximations import Dense
-from curvlib.experiments import ExperimentError, Inspection, inspect_evaluation, inspection_memory, results_table
-from curvlib.experiments import inspection as inspection_module
-from curvlib.experiments.curvatures import APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.approximations import KFAC, Dense
+from curvlib.experiments import (
+    ExperimentError,
+    Inspection,
+    inspect_evaluation,
+    inspection_choice,
+    inspection_memory,
+    results_table,
+)
+from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS, INSPECTED_MATRICES
+from curvlib.experiments.inspection import prepare
 from curvlib.experiments.inspection_matrix import MOST_PIXELS, picture_of
 from curvlib.experiments.inspection_report import document, remarks
 from curvlib.experiments.inspection_selection import select
@@ -65,20 +73,27 @@ def test_every_number_is_that_of_dense_matrices(matrix, layers):
     step = -np.linalg.solve(C + damping * eye, g)
     np.testing.assert_allclose(seen.exact.eigenvalues.numpy(), np.linalg.eigvalsh(C)[::-1], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(seen.exact.picture.numpy(), np.abs(C), rtol=1e-6, atol=1e-9)
-    assert [row.name for row in seen.rows] == [name for name in APPROXIMATIONS if name not in ("exact", "dense")]
+    assert [row.name for row in seen.rows] == [
+        name for name in INSPECTED_APPROXIMATIONS if name not in ("exact", "dense", "full-rank")
+    ]
     assert sum(row.reason is None for row in seen.rows) >= 7
     for row in seen.rows:
         if row.reason is not None:
             continue
-        B = APPROXIMATIONS.get(row.name)(of).estimate(at, generator()).to_dense().numpy()[np.ix_(S, S)]
+        B = INSPECTED_APPROXIMATIONS.get(row.name)(of).estimate(at, generator()).to_dense().numpy()[np.ix_(S, S)]
         expected = {
             "error": np.linalg.norm(B - C) / np.linalg.norm(C),
             "spectral_error": np.linalg.norm(B - C, 2) / np.linalg.norm(C, 2),
-            "inverse_error": np.linalg.norm(np.linalg.inv(B + damping * eye) - np.linalg.inv(C + damping * eye))
-            / np.linalg.norm(np.linalg.inv(C + damping * eye)),
         }
-        other = -np.linalg.solve(B + damping * eye, g)
-        expected["step_cosine"] = other @ step / np.linalg.norm(other) / np.linalg.norm(step)
+        if np.linalg.eigvalsh(B)[0] > -damping:
+            inverse = np.linalg.inv(C + damping * eye)
+            difference = np.linalg.inv(B + damping * eye) - inverse
+            expected["inverse_error"] = np.linalg.norm(difference) / np.linalg.norm(inverse)
+            other = -np.linalg.solve(B + damping * eye, g)
+            expected["step_cosine"] = other @ step / np.linalg.norm(other) / np.linalg.norm(step)
+        else:
+            assert row.name == "hutchinson-diagonal"
+            assert "not positive definite" in row.note
         for key, value in expected.items():
             assert getattr(row, key) == pytest.approx(value, rel=1e-7, abs=1e-9), (row.name, key)
         start = 0
@@ -160,12 +175,14 @@ def test_layers_are_selected_by_name_and_pattern_in_the_order_of_the_model():
 
 def test_selections_that_do_not_fit_are_refused_with_the_remedy():
     at = evaluation()
-    with pytest.raises(ExperimentError, match=r"All layers have 43 coordinates, more than --most 42.*--layers 0,2, or"):
+    with pytest.raises(ExperimentError, match=r"All layers have 43 coordinates, more than --most 42.*--layers 0,2"):
         select(at, (), 42)
-    with pytest.raises(ExperimentError, match=r"--layers 2,4, or raise --most\. Layers: 0 \(20\), 2 \(15\), 4 \(8\)\."):
+    with pytest.raises(ExperimentError, match=r"--layers 2,4, raise .*Layers: 0 \(20\), 2 \(15\), 4 \(8\)\."):
         select(at, ("0", "2"), 25)
-    with pytest.raises(ExperimentError, match=r"Choose fewer with --layers 2, or"):
+    with pytest.raises(ExperimentError, match=r"Choose fewer with --layers 2, raise"):
         select(at, ("0", "2"), 16)
+    with pytest.raises(ExperimentError, match=r"The smallest layer is 4 with 8: choose it with --layers and raise"):
+        select(at, (), 7)
     with pytest.raises(ExperimentError, match=r"--layers head fits no layer\. Layers: 0 \(20\)"):
         select(at, ("0", "head"), 100)
 
@@ -180,9 +197,68 @@ def test_an_approximation_that_does_not_apply_is_a_row_with_its_reason():
     assert row_of(seen, "identity").reason is None
     hessian = looked_at(matrix="hessian", damping=10.0)
     assert "products only" in row_of(hessian, "kfac").reason
+    for name in ("identity", "hutchinson-diagonal", "low-rank-alone", "low-rank-estimated", "low-rank-lanczos"):
+        assert row_of(hessian, name).error is not None
     both = looked_at(matrix="hessian", approximated="ggn", damping=10.0, approximations=("kfac",))
     assert both.rows[0].reason is None
     assert both.rows[0].step_cosine > 0
+
+
+@pytest.mark.parametrize("choice", ["diagonal", "dense", "exclude"])
+def test_parameters_outside_every_layer_get_what_was_asked(choice):
+    at, names = evaluation(unsupported), ("kfac", "block-diagonal", "root-diagonal", "kfra")
+    seen = looked_at(at, approximations=names, on_unsupported=choice, damping=0.1)
+    S, C = slice(16 + 10, 30), Dense(curvlib.GGN()).estimate(at).to_dense()[16:20, 16:20]
+    own = {"diagonal": C.diag().diag(), "dense": C, "exclude": torch.zeros(4, 4)}[choice]
+    for name in ("kfac", "block-diagonal"):
+        row = row_of(seen, name)
+        torch.testing.assert_close(row.looked.picture[S, S], own.abs().float(), rtol=1e-4, atol=1e-7)
+        assert "outside every layer, 1.factor: " in row.note
+    assert ("no dense blocks" in (row_of(seen, "root-diagonal").reason or "")) == (choice == "dense")
+    assert "1.factor" in row_of(seen, "kfra").reason
+    assert document(seen, {}, [])["on_unsupported"] == choice
+    assert not any("--on-unsupported" in line for line in remarks(seen))
+
+
+def test_a_refusal_tells_the_remedy_and_whether_it_matters_here():
+    for layers, indifferent in (((), False), (("0", "2"), True)):
+        seen = looked_at(evaluation(unsupported), approximations=("kfac", "kfra", "identity"), layers=layers)
+        told = next(line for line in remarks(seen) if "--on-unsupported" in line)
+        assert told.startswith("kfac left out for parameters outside every layer (1.factor)")
+        assert ("the errors are the same" in told) == indifferent
+    errors = [
+        looked_at(evaluation(unsupported), approximations=("kfac",), layers=("0", "2"), on_unsupported=choice)
+        .rows[0]
+        .error
+        for choice in ("dense", "exclude")
+    ]
+    assert errors[0] == pytest.approx(errors[1])
+
+
+def test_nothing_left_to_look_at_is_an_error_before_the_work():
+    progress = []
+    with pytest.raises(ExperimentError, match=r"(?s)of hessian.*kfac: KFAC needs vectors.*ekfac: EKFAC needs vectors"):
+        inspect_evaluation(
+            evaluation(),
+            Inspection(matrix="hessian", approximations=("kfac", "ekfac")),
+            lambda what, part: progress.append(what),
+        )
+    assert not progress
+    recurrent = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(4, 1))
+    at = curvlib.Objective(recurrent, nn.MSELoss()).at((torch.ones(3, 1, 3), torch.ones(3, 1)))
+    with pytest.raises(ExperimentError, match=r"(?s)No approximation is left.*kfac-tridiagonal: "):
+        looked_at(at, approximations=("kfac-tridiagonal",))
+
+
+def test_what_there_is_no_memory_for_is_refused_before_the_work(monkeypatch):
+    # 8 matrices of 43 x 43 in float64, and 4 blocks of 43 unit vectors in float32
+    needed = 8 * 8 * 43**2 + 4 * 4 * 43 * 64
+    monkeypatch.setattr(inspection_memory, "available_bytes", lambda device: needed)
+    assert prepare(evaluation(), Inspection(approximations=("kfac",))).memory == needed
+    monkeypatch.setattr(inspection_memory, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(ExperimentError, match=r"43 coordinates would take about 162 kB, more than the .* --layers"):
+        prepare(evaluation(), Inspection(approximations=("kfac",)))
+    assert prepare(evaluation(), Inspection(approximations=("kfac",), layers=("2",))).memory < needed
 
 
 def test_approximations_of_another_matrix_are_held_against_the_exact_one():
@@ -205,11 +281,15 @@ def test_an_indefinite_matrix_has_no_damped_step_and_says_so():
     assert seen.rows[0].error > 0
 
 
+def test_the_ways_to_treat_unsupported_parameters_are_those_of_the_approximations():
+    assert get_args(get_type_hints(KFAC)["on_unsupported"]) == inspection_choice.ON_UNSUPPORTED
+
+
 def test_blocks_that_would_take_the_machine_down_are_not_tried(monkeypatch):
     monkeypatch.setattr(inspection_memory, "_MOST_BYTES", 8 * (20**2 + 15**2 + 8**2) - 1)
-    seen = looked_at(approximations=("block-diagonal", "unit-blocks", "dense"))
-    assert [row.reason is None for row in seen.rows] == [False, True, False]
-    assert "dense blocks would take" in seen.rows[0].reason
+    seen = looked_at(approximations=("block-diagonal", "unit-blocks", "dense", "parameter-blocks", "kfac"))
+    assert [row.reason is None for row in seen.rows] == [False, True, False, True, True]
+    assert seen.rows[0].reason.startswith("its matrices would take 5.51 kB for the whole model")
     monkeypatch.setattr(inspection_memory, "_MOST_BYTES", 8 * (20**2 + 15**2 + 8**2))
     assert looked_at(approximations=("block-diagonal",)).rows[0].reason is None
 
@@ -229,6 +309,7 @@ def test_the_density_of_the_whole_is_made_where_layers_are_left_out():
         ({"approximated": "x"}, "Unknown curvature matrix 'x'"),
         ({"approximations": ("diagnoal",)}, "did you mean 'diagonal'"),
         ({"approximations": ("kfac", "kfac")}, "looked at once"),
+        ({"on_unsupported": "skip"}, "must be one of raise, diagonal, dense, exclude, got 'skip'"),
         ({"most": 0}, "most must be at least 1"),
         ({"damping": 0.0}, "damping must be a finite number above 0"),
         ({"damping": math.inf}, "damping must be a finite number above 0"),
@@ -255,7 +336,7 @@ def test_an_error_of_curvlib_itself_is_not_taken_for_a_reason(monkeypatch):
     def broken(*_):
         raise AttributeError("oops")
 
-    monkeypatch.setattr(inspection_module, "check_bytes", broken)
+    monkeypatch.setattr(inspection_choice, "check_bytes", broken)
     with pytest.raises(AttributeError):
         looked_at(approximations=("kfac",))
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import curvlib
 from curvlib.experiments import PROBLEMS, ExperimentError, Inspection, Training, configure, inspect_evaluation
+from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS
 from curvlib.experiments.images import MNIST, Images, SmallMNIST
 from curvlib.experiments.inspection_figures import heat_maps
 from curvlib.experiments.inspection_selection import Region, Selection
@@ -156,9 +157,18 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     assert told["parameters"] == 43
     assert told["matrix"] == "empirical-fisher"
     assert "Sequential with 43 parameters" in told["how"]["model"]
-    outcome = call("inspect", "--model", "own_models_a:unsupported", "--approximation", "kfac")
+    words = ("inspect", "--model", "own_models_a:unsupported", "--approximation", "kfac")
+    outcome = call(*words)
+    assert outcome.exit_code == 2
+    assert "kfac: KFAC has no layer rule for 1 parameter(s): 1.factor" in outcome.output
+    assert not (tmp_path / "results").exists()
+    outcome = call(*words, "--approximation", "identity")
     assert outcome.exit_code == 0, outcome.output
     assert "kfac does not apply: " in outcome.output
+    outcome = call(*words, "--on-unsupported", "dense", "--overwrite")
+    assert outcome.exit_code == 0, outcome.output
+    assert "kfac: outside every layer, 1.factor: exact dense block" in outcome.output
+    outcome = call(*words, "--approximation", "identity", "--overwrite")
     assert (tmp_path / "results" / "inspect-own_models_a-unsupported" / "report.html").is_file()
     page = (tmp_path / "results" / "inspect-own_models_a-unsupported" / "report.html").read_text()
     assert "What does not apply" in page
@@ -212,6 +222,8 @@ BAD = {
     "damping": (("--damping", 0), "damping must be a finite number above 0"),
     "method": (("--method", "kfca"), "did you mean 'kfac'"),
     "problem": (("--problem", "x"), "Unknown problem 'x'"),
+    "unsupported": (("--on-unsupported", "drop"), "'drop' is not one of 'raise', 'diagonal', 'dense', 'exclude'"),
+    "none applies": (("--matrix", "hessian", "--approximation", "kfac", "--steps", 10_000_000), "kfac: KFAC needs vec"),
     "steps": (("--steps", -1), "--steps"),
     "set": (("--set", "lr"), "--set needs OPTION=VALUE, such as lr=0.05"),
     "set unknown": (("--set", "lr=1"), "Unknown option kfac.lr"),
@@ -228,7 +240,19 @@ def test_bad_input_is_refused_before_the_work(tmp_path, monkeypatch, case):
     assert outcome.exit_code == 2
     assert "Traceback" not in outcome.output
     assert message in re.sub(r"\s+", " ", outcome.output)
-    assert not list(tmp_path.glob("out/*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_approximations_are_listed_with_the_matrices_of_each():
+    lines = {}
+    for line in call("inspect", "--list").output.splitlines():
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if len(cells) == 6 and cells[0]:
+            lines[cells[0]] = cells[1:]
+    assert lines["unit-blocks"][0] == "BlockDiagonal(partition=ByOutputUnit())"
+    assert lines["low-rank-alone"][1:] == ["yes"] * 4
+    assert lines["kfac"][1:] == ["yes", "yes", "yes", "-"]
+    assert set(INSPECTED_APPROXIMATIONS) <= set(lines)
 
 
 def test_the_path_of_the_data_is_not_told(tmp_path, monkeypatch):
