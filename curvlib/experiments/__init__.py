@@ -38,12 +38,14 @@ from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.figure import figure_png
 from curvlib.experiments.idx import read_idx
 from curvlib.experiments.images import Images, ImageSource
-from curvlib.experiments.inspection import Inspected, InspectedRow, Inspection, inspect_evaluation
+from curvlib.experiments.inspection import Inspected, InspectedRow, Inspection
 from curvlib.experiments.inspection_figures import Picture, pictures_of
 from curvlib.experiments.inspection_matrix import Looked
 from curvlib.experiments.inspection_report import html_page, results_table
+from curvlib.experiments.inspection_run import inspect_evaluation
 from curvlib.experiments.inspection_selection import Region, Selection
 from curvlib.experiments.inspection_subject import Subject, Training
+from curvlib.experiments.inspection_work import StopInspection
 from curvlib.experiments.methods import METHODS, Method, configure, register_method
 from curvlib.experiments.networks import Convolution, Convolutional, FullyConnected, Network
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
@@ -118,6 +120,7 @@ __all__ = [
     "Status",
     "StepReport",
     "Steps",
+    "StopInspection",
     "Subject",
     "Task",
     "Trainer",

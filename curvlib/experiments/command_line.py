@@ -17,6 +17,7 @@ from curvlib.experiments.comparison import Comparison, Outcome
 from curvlib.experiments.curvatures import APPROXIMATIONS, MATRICES, CurvatureChoice
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.inspection_command import inspect_curvature
+from curvlib.experiments.interruption import EXIT_INTERRUPTED
 from curvlib.experiments.listing import methods_table, problems_table
 from curvlib.experiments.methods import METHODS, Method, configure
 from curvlib.experiments.preparation import prepare_folder, reopen_folder, replace_folder
@@ -30,8 +31,6 @@ from curvlib.experiments.workload import check_methods
 
 _DEFAULT_METHODS = ("kfac", "hessian-free", "sgd", "adam", "lbfgs")
 _BUDGETS: Mapping[str, Callable[[Any], Budget]] = {"seconds": Seconds, "steps": Steps, "epochs": Epochs}
-# What a shell reports for a command that a keyboard interrupt ended; also for the other signals that end one.
-_EXIT_INTERRUPTED = 130
 
 
 class _Group(click.Group):
@@ -121,7 +120,7 @@ def compare_methods(
     outcome = _run(comparison, loaded, folder)
     if outcome.interrupted:
         click.echo(f"\nInterrupted; what there is has been kept. Go on with:\n  {_resume_command(context)}")
-        context.exit(_EXIT_INTERRUPTED)
+        context.exit(EXIT_INTERRUPTED)
 
 
 def _run(comparison: Comparison, loaded: LoadedProblem, folder: ResultsFolder) -> Outcome:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import click
 import torch
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import curvlib
 from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS, INSPECTED_MATRICES
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.inspection import Inspected, Inspection, inspect_evaluation, prepare
+from curvlib.experiments.inspection import Inspected, Inspection, prepare
 from curvlib.experiments.inspection_choice import ON_UNSUPPORTED
 from curvlib.experiments.inspection_figures import Picture, pictures_of
 from curvlib.experiments.inspection_folder import DOCUMENT, PAGE, InspectionFolder
+from curvlib.experiments.inspection_memory import size_text
 from curvlib.experiments.inspection_report import document, html_page, legend, remarks, results_table, versions
+from curvlib.experiments.inspection_run import inspect_evaluation, product_seconds, products_of
 from curvlib.experiments.inspection_subject import Subject, Training, find_function, own_model, trained
+from curvlib.experiments.inspection_work import StopInspection
+from curvlib.experiments.interruption import EXIT_INTERRUPTED, Interruption
 from curvlib.experiments.listing import approximations_table
 from curvlib.experiments.methods import METHODS, configure
 from curvlib.experiments.problems import PROBLEMS
@@ -34,6 +40,7 @@ _OF_PROBLEMS = ("problem", "method", "steps", "batch_size", "examples", "data", 
 # Paths of this machine have no place in a report that is given away.
 _PLACEHOLDERS = {"data": "DATA"}
 _UNTOLD = ("output", "overwrite")
+_STANDARD_ERROR = 2
 _DENSITY = SpectralDensity(steps=40, probes=8)
 
 
@@ -60,6 +67,9 @@ _DENSITY = SpectralDensity(steps=40, probes=8)
 )
 @click.option("--layers", help="Names or patterns, such as 2,4,6 or 'encoder.*'.  [default: all]")
 @click.option("--most", type=click.IntRange(min=1), default=2000, help="Coordinates that may be looked at.")
+@click.option(
+    "--estimate", is_flag=True, help="Errors, steps and spectrum by products alone, for large models: no heat maps."
+)
 @click.option("--damping", type=float, help="For steps and inverses.  [default: mean absolute eigenvalue]")
 @click.option("--inverse", is_flag=True, help="Draw the damped inverses as well.")
 @click.option("--density/--no-density", default=True, help="Spectrum of the whole matrix, where layers are left out.")
@@ -97,24 +107,29 @@ def inspect_curvature(
     """
     inspection = _inspection(request)
     device = device_named(request["device"])
-    subject_of = _subject_maker(context, model, device, inspection, request)
+    console = console_of_command()
+    subject_of = _subject_maker(context, model, device, request, lambda at: _tell_plan(console, at, inspection))
     name = request["problem"] if model is None else model.replace(":", "-")
     folder = InspectionFolder(
         output if output is not None else Path("results") / f"inspect-{name}", overwrite=overwrite
     )
-    console = console_of_command()
-    with _bars(console) as report:
-        subject = subject_of(report)
-        inspected = inspect_evaluation(subject.evaluation, inspection, report)
-        report("pictures", 0.0)
-        pictures = list(pictures_of(inspected))
-        report("pictures", 1.0)
+    interruption = Interruption(_announce)
+    try:
+        with interruption, _bars(console, interruption) as report:
+            subject = subject_of(report)
+            inspected = inspect_evaluation(subject.evaluation, inspection, report)
+            pictures = list(pictures_of(inspected))
+    except StopInspection:
+        click.echo("Interrupted before any approximation was done: nothing was written.", err=True)
+        context.exit(EXIT_INTERRUPTED)
     how = _how(context, subject, inspected, device)
     try:
         folder.write(_files(subject.title, inspected, pictures, how))
     except OSError as error:
         raise click.ClickException(f"Cannot write to {folder.path}: {error}.") from error
     _tell(console, subject, inspected, folder)
+    if inspected.interrupted:
+        context.exit(EXIT_INTERRUPTED)
 
 
 def _list_approximations(context: click.Context, asked: bool) -> None:
@@ -132,6 +147,7 @@ def _inspection(request: Mapping[str, Any]) -> Inspection:
         on_unsupported=request["on_unsupported"],
         layers=() if layers is None else tuple(part.strip() for part in layers.split(",") if part.strip()),
         most=request["most"],
+        estimate=request["estimate"],
         damping=request["damping"],
         inverses=request["inverse"],
         density=_DENSITY if request["density"] else None,
@@ -140,7 +156,11 @@ def _inspection(request: Mapping[str, Any]) -> Inspection:
 
 
 def _subject_maker(
-    context: click.Context, model: str | None, device: torch.device, inspection: Inspection, request: Mapping[str, Any]
+    context: click.Context,
+    model: str | None,
+    device: torch.device,
+    request: Mapping[str, Any],
+    check: Callable[[curvlib.Evaluation], None],
 ) -> Callable[[Callable[[str, float], None]], Subject]:
     """Return what makes the subject, with everything checked that can be before the work begins."""
     if model is not None:
@@ -152,7 +172,7 @@ def _subject_maker(
                 "function."
             )
         function = find_function(model)
-        return lambda report: own_model(model, function, request["seed"], device)
+        return lambda report: own_model(model, function, request["seed"], device, check)
     problem = PROBLEMS.get(request["problem"])
     own = dict(_assignment(text) for text in request["assignments"])
     if request["batch_size"] is not None:
@@ -169,7 +189,7 @@ def _subject_maker(
     if context.get_parameter_source("data") is ParameterSource.COMMANDLINE and not problem.source.reads_files:
         click.echo(f"Warning: --data {request['data']} is not used: {problem.name} needs no data files.", err=True)
     loaded = problem.load(request["data"])
-    return lambda report: trained(training, loaded, report, lambda evaluation: prepare(evaluation, inspection))
+    return lambda report: trained(training, loaded, report, check)
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -231,14 +251,44 @@ def _tell(console: Console, subject: Subject, inspected: Inspected, folder: Insp
         console.print(f"{label:<9}{folder.path / file}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _tell_plan(console: Console, evaluation: curvlib.Evaluation, inspection: Inspection) -> None:
+    """Say how much work is ahead, or refuse it."""
+    preparation = prepare(evaluation, inspection)
+    selection, count = preparation.selection, sum(choice.reason is None for choice in preparation.choices)
+    seconds = product_seconds(evaluation, inspection)
+    products = products_of(inspection, selection, count)
+    work = f"up to {products:,} products of {seconds:.2g} s with the exact matrix"
+    console.print(
+        f"{inspection.matrix} on {selection.size:,} of {selection.total:,} parameters, and {count} approximations: "
+        f"{work}, about {size_text(preparation.memory)} of memory.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _announce() -> None:
+    # Not through the console or sys.stderr: the signal may have come in the middle of their own writing.
+    with suppress(OSError):
+        os.write(_STANDARD_ERROR, b"\nInterrupted: what is done is written soon; once more stops at once.\n")
+
+
 @contextmanager
-def _bars(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Show a bar for everything that is reported."""
+def _bars(console: Console, interruption: Interruption) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar for everything that is reported; after an interruption, end the inspection there."""
     tasks: dict[str, TaskID] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def report(what: str, part: float) -> None:
+            if interruption.requested():
+                raise StopInspection
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=1.0)
             progress.update(tasks[what], completed=part)

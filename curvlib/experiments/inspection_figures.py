@@ -1,11 +1,9 @@
-"""Pictures of an inspection: matrices side by side, and their spectra."""
+"""Pictures of an inspection: matrices side by side, and all pictures with their captions."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,28 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from PIL import Image
 from torch import Tensor
 
 from curvlib.experiments.inspection import Inspected
-from curvlib.experiments.inspection_matrix import MOST_PIXELS
+from curvlib.experiments.inspection_matrix import MOST_PIXELS, entries_per_pixel
+from curvlib.experiments.inspection_png import DPI, png_of
 from curvlib.experiments.inspection_selection import Selection
-from curvlib.spectra import SpectralMeasure
+from curvlib.experiments.inspection_spectra import KERNEL, densities, spectra, what_density
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, in several styles of line.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLES = ("-", "--", "-.", ":")
 _BORDER = "#ff9f1c"
 # White is the absolute value that this part of the exact matrix's pixels stays below, black is 0, as in the paper.
 _WHITE = 0.985
-_DPI = 100
-# Grey levels of a heat map, the borders' colour besides, and colours of lines: few, so that files are small.
-_GREYS, _COLOURS_OF_LINES = 40, 64
-# Eigenvalues below this part of the largest are rounding errors.
-_SMALLEST = 1e-10
-# Width of the kernel that smooths a spectral density, relative to the largest eigenvalue.
-_KERNEL = 0.01
+# Grey levels, the borders' colour besides: few, so that files are small.
+_GREYS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,45 +34,83 @@ class Picture:
     Args:
         file: its name.
         title: what it shows.
+        caption: how to read it.
         png: the bytes.
     """
 
     file: str
     title: str
+    caption: str
     png: bytes
 
 
 def pictures_of(inspected: Inspected) -> Iterator[Picture]:
     """Yield the heat maps of every approximation that applies, then the spectra."""
-    selection, matrix = inspected.selection, inspected.inspection.matrix
+    exact, matrix = inspected.exact, inspected.inspection.matrix
+    if exact is not None:
+        yield Picture(
+            file="spectra.png",
+            title="eigenvalues on these layers",
+            caption="The eigenvalues of the exact matrix and of each approximation, in decreasing order. Dots are the "
+            "absolute values of negative ones. Below d eps max |eigenvalue|, eps of the model's dtype, they are "
+            "rounding errors: negative ones are not drawn there, and the shaded area is where that is of the exact "
+            "matrix.",
+            png=spectra(inspected, exact),
+        )
+    if inspected.density is not None:
+        yield Picture(
+            file="density.png",
+            title=f"spectrum of the {what_density(inspected)}",
+            caption="Estimates from products with random vectors (stochastic Lanczos quadrature). Left: the density of "
+            f"the eigenvalues, smoothed by a kernel of {KERNEL:.0%} of the exact matrix's largest; right: how many "
+            "have an absolute value above t.",
+            png=densities(inspected, inspected.density),
+        )
     for row, looked in inspected.drawn:
+        assert exact is not None  # what is drawn is held against it
         assert looked.difference is not None  # the exact matrix alone has none
         panels = (
-            (f"exact {matrix}", inspected.exact.picture),
+            (f"exact {matrix}", exact.picture),
             (row.name, looked.picture),
-            ("difference", looked.difference),
+            (f"difference (error {row.error:.3g})", looked.difference),
         )
+        caption = _caption(inspected.selection, panels[0][1])
         yield Picture(
             file=f"matrix-{row.name}.png",
             title=f"exact {matrix}, {row.name} and their difference",
-            png=heat_maps(panels, selection),
+            caption=caption,
+            png=heat_maps(panels, inspected.selection),
         )
-        if inspected.exact.inverse_picture is None or looked.inverse_picture is None:
+        if exact.inverse_picture is None or looked.inverse_picture is None:
             continue
         assert looked.inverse_difference is not None  # both inverses exist
         panels = (
-            (f"inverse of exact {matrix}", inspected.exact.inverse_picture),
+            (f"inverse of exact {matrix}", exact.inverse_picture),
             (f"inverse of {row.name}", looked.inverse_picture),
-            ("difference", looked.inverse_difference),
+            (f"difference (error {row.inverse_error:.3g})", looked.inverse_difference),
         )
         yield Picture(
             file=f"inverse-{row.name}.png",
             title=f"damped inverses of exact {matrix} and {row.name}, and their difference",
-            png=heat_maps(panels, selection),
+            caption=f"(C + damping I)^-1 with damping {inspected.damping:.3g}. "
+            + _caption(inspected.selection, panels[0][1]),
+            png=heat_maps(panels, inspected.selection),
         )
-    yield Picture(file="spectra.png", title="eigenvalues on these layers", png=_spectra(inspected))
-    if inspected.density is not None:
-        yield Picture(file="density.png", title="spectrum of the whole matrix", png=_densities(inspected))
+
+
+def _caption(selection: Selection, first: Tensor) -> str:
+    side = entries_per_pixel(selection.size)
+    mean = f", averaged over the {side} x {side} entries of a pixel" if side > 1 else ""
+    borders = " Dashed lines are borders of layers." if len(selection.regions) > 1 else ""
+    return (
+        f"Absolute values{mean}: black is 0, white {_white(first):.3g} or more, which "
+        f"{1 - _WHITE:.1%} of the exact one's pixels are.{borders} Inside a layer the entries of (W b) follow one "
+        "another column by column."
+    )
+
+
+def _white(first: Tensor) -> float:
+    return float(torch.quantile(first.flatten(), _WHITE)) or float(first.max()) or 1.0
 
 
 def heat_maps(panels: Sequence[tuple[str, Tensor]], selection: Selection) -> bytes:
@@ -93,13 +121,12 @@ def heat_maps(panels: Sequence[tuple[str, Tensor]], selection: Selection) -> byt
         selection: whose borders are drawn.
     """
     first = panels[0][1]
-    white = float(torch.quantile(first.flatten(), _WHITE)) or float(first.max())
-    scale = Normalize(0.0, white, clip=True)
+    scale = Normalize(0.0, _white(first), clip=True)
     # Whole pixels for every entry, and axes that begin at whole pixels: nothing is resampled.
     zoom = max(1, MOST_PIXELS // len(first))
     side, gap, left, right, top, bottom = zoom * len(first), 14, 62, 86, 34, 10
     width, height = left + len(panels) * side + (len(panels) - 1) * gap + right, top + side + bottom
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     for number, (title, pixels) in enumerate(panels):
         place = (left + number * (side + gap)) / width, bottom / height, side / width, side / height
@@ -118,7 +145,7 @@ def heat_maps(panels: Sequence[tuple[str, Tensor]], selection: Selection) -> byt
     bar.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
     bar.yaxis.get_offset_text().set_fontsize(8)
     bar.tick_params(labelsize=8)
-    return _png(figure, _palette_of_heat_maps())
+    return png_of(figure, _palette_of_heat_maps())
 
 
 def _mark_layers(axes: Axes, selection: Selection, *, named: bool) -> None:
@@ -141,101 +168,6 @@ def _mark_layers(axes: Axes, selection: Selection, *, named: bool) -> None:
 
 def _short(name: str) -> str:
     return name if len(name) <= 10 else "…" + name[-9:]
-
-
-def _spectra(inspected: Inspected) -> bytes:
-    figure = Figure(figsize=(9, 4.6), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    largest = 0.0
-    curves = [("exact", inspected.exact), *((row.name, looked) for row, looked in inspected.drawn)]
-    for (name, looked), style in zip(curves, _line_styles(), strict=False):
-        values = looked.eigenvalues.numpy()
-        largest = max(largest, float(np.abs(values).max()))
-        positive = np.maximum(values, 0.0)
-        axes.plot(1 + np.arange(len(values)), np.where(positive > 0, positive, np.nan), label=name, **style)
-        negative = np.flatnonzero(values < -_SMALLEST * np.abs(values).max())
-        if len(negative):
-            axes.plot(
-                1 + negative, -values[negative], linestyle="none", marker=".", markersize=3, color=style["color"],
-                label=f"{name}, negative",
-            )  # fmt: skip
-    axes.axhline(inspected.damping, color="0.5", linewidth=0.8)
-    axes.annotate("damping", (0.995, inspected.damping), xycoords=("axes fraction", "data"), fontsize=8, color="0.4",
-                  ha="right", va="bottom")  # fmt: skip
-    axes.set_yscale("log")
-    smallest = min(float(looked.eigenvalues.abs().min()) for _, looked in curves)
-    axes.set_ylim(max(largest * _SMALLEST, 0.3 * min(smallest, inspected.damping)), largest * 3)
-    axes.set_xlabel("number of the eigenvalue")
-    axes.set_ylabel("eigenvalue")
-    _dress(axes)
-    axes.set_title(f"{inspected.inspection.matrix} on the selected layers", fontsize=11)
-    return _png(figure)
-
-
-def _densities(inspected: Inspected) -> bytes:
-    figure = Figure(figsize=(11, 4.4), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    density, count = figure.subplots(1, 2)
-    curves = [("exact", inspected.density), *((row.name, row.density) for row, _ in inspected.drawn)]
-    measures = [(name, measure) for name, measure in curves if measure is not None]
-    lowest = min(float(measure.nodes.min()) for _, measure in measures)
-    largest = max(float(measure.nodes.abs().max()) for _, measure in measures)
-    points = torch.linspace(min(lowest, 0.0) - 0.04 * largest, 1.04 * largest, 400, dtype=torch.float64)
-    highest = 0.0
-    for (name, measure), style in zip(measures, _line_styles(), strict=False):
-        # one kernel for all: they can be compared
-        heights = measure.density(points, width=largest * _KERNEL).value
-        highest = max(highest, float(heights.max()))
-        density.plot(points.numpy(), heights.cpu().numpy(), label=name, **style)
-        count.plot(*_counted(measure, largest), label=name, **style)
-    density.set_yscale("log")
-    # Further down are the tails of the kernels that smooth it.
-    density.set_ylim(highest * 1e-6, highest * 3)
-    density.set_xlabel("eigenvalue")
-    density.set_ylabel("density")
-    count.set_xscale("log")
-    count.set_yscale("log")
-    count.set_ylim(bottom=0.7)
-    count.set_xlabel("t")
-    count.set_ylabel("eigenvalues above t")
-    for axes in (density, count):
-        _dress(axes)
-    figure.suptitle(f"{inspected.inspection.matrix} of all {inspected.selection.total:,} parameters", fontsize=11)
-    return _png(figure)
-
-
-def _counted(measure: SpectralMeasure, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return points t and the estimated numbers of eigenvalues above them."""
-    points = torch.logspace(-8, 0, 200, dtype=torch.float64, device=measure.nodes.device) * largest
-    above = measure.size * (1.0 - measure.cumulative(points).value)
-    return points.cpu().numpy(), above.cpu().numpy()
-
-
-def _line_styles() -> Iterator[dict[str, Any]]:
-    yield {"color": "black", "linewidth": 2.2}
-    number = 0
-    while True:
-        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[(number // len(_COLOURS)) % len(_STYLES)]
-        yield {"color": colour, "linestyle": style, "linewidth": 1.4}
-        number += 1
-
-
-def _dress(axes: Axes) -> None:
-    axes.grid(True, which="major", alpha=0.3)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _png(figure: Figure, palette: Image.Image | None = None) -> bytes:
-    raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", dpi=_DPI)
-    raw.seek(0)
-    with Image.open(raw) as image:
-        few = image.convert("RGB").quantize(_COLOURS_OF_LINES, palette=palette, dither=Image.Dither.NONE)
-        few.save(small, format="png", optimize=True)
-    return small.getvalue()
 
 
 def _palette_of_heat_maps() -> Image.Image:

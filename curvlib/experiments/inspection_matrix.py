@@ -23,6 +23,8 @@ class Looked:
 
     Args:
         eigenvalues: in decreasing order.
+        rounding: d eps max |eigenvalue|, eps of the dtype of the products that made the matrix: eigenvalues of less
+            than this may be rounding errors, and their signs mean nothing.
         picture: absolute values, averaged over the entries of a pixel.
         difference: the same of the difference from the exact matrix; None for the exact matrix itself.
         inverse_picture: of the damped inverse; None where it is not looked at, or does not exist.
@@ -31,6 +33,7 @@ class Looked:
     """
 
     eigenvalues: Float[Tensor, " d"]
+    rounding: float
     picture: Float[Tensor, "p p"]
     difference: Float[Tensor, "p p"] | None = None
     inverse_picture: Float[Tensor, "p p"] | None = None
@@ -63,12 +66,15 @@ def look(
     eigenvalues: Float[Tensor, " d"],
     damping: float,
     inverses: bool,
+    *,
+    eps: float,
     exact: Float[Tensor, "d d"] | None = None,
 ) -> Looked:
-    """Return what is drawn of a matrix."""
+    """Return what is drawn of a matrix that was made by products with a relative precision of eps."""
     inverse = damped_inverse_of(C, damping) if inverses else None
     return Looked(
         eigenvalues=eigenvalues.flip(0).cpu(),
+        rounding=len(C) * eps * float(eigenvalues.abs().max()),
         picture=picture_of(C),
         difference=None if exact is None else picture_of(C - exact),
         inverse_picture=None if inverse is None else picture_of(inverse),

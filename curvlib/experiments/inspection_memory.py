@@ -36,6 +36,10 @@ _BLOCKS = 4
 # Numbers of the block of unit vectors that an operator is multiplied with at once, and the most columns in it.
 _NUMBERS_AT_ONCE = 2**24
 _COLUMNS_AT_ONCE = 64
+# Random vectors for a Frobenius error; blocks of them, of their products and of the differences are held at once.
+# Beside them are the basis of Lanczos and the three blocks of a spectral density.
+_LEAST_PROBES, _MOST_PROBES, _NUMBERS_OF_PROBES = 4, 30, 2**27
+_VECTORS_OF_ESTIMATES = 40
 _MEMORY = Path("/proc/meminfo")
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
@@ -104,6 +108,27 @@ def check_selection(size: int, total: int, inverses: bool, device: torch.device)
             f"{size_text(available)} that are free: choose fewer with --layers, or use --estimate."
         )
     return needed
+
+
+def check_estimate(total: int, device: torch.device) -> int:
+    """Return about how many bytes estimates take at once for D parameters, refuse what there is no room for.
+
+    Raises:
+        ExperimentError: says how many.
+    """
+    needed = 4 * total * (3 * probes_of(total) + _VECTORS_OF_ESTIMATES)
+    available = available_bytes(device)
+    if needed > available:
+        raise ExperimentError(
+            f"Estimates for {total:,} parameters would take about {size_text(needed)}, more than the "
+            f"{size_text(available)} that are free: freeze parameters (requires_grad_(False)), or use a larger machine."
+        )
+    return needed
+
+
+def probes_of(size: int) -> int:
+    """Return how many random vectors an estimate of the Frobenius error takes."""
+    return max(_LEAST_PROBES, min(_MOST_PROBES, _NUMBERS_OF_PROBES // size))
 
 
 def unit_block_columns(total: int) -> int:

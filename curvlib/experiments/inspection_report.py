@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -16,7 +16,9 @@ from rich.table import Table
 from curvlib import __version__
 from curvlib.experiments.inspection import Inspected, InspectedRow
 from curvlib.experiments.inspection_choice import ON_UNSUPPORTED
+from curvlib.experiments.inspection_estimate import CG_TOLERANCE, LANCZOS_TOLERANCE
 from curvlib.experiments.inspection_figures import Picture
+from curvlib.experiments.inspection_matrix import Looked
 from curvlib.experiments.inspection_memory import size_text
 
 _STYLE = """
@@ -25,7 +27,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: 0.8rem 0; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; }
 td { text-align: right; font-variant-numeric: tabular-nums; } th, td:first-child { text-align: left; }
-td.text { text-align: left; } img { max-width: 100%; height: auto; } .note { color: #666; max-width: 60rem; }
+td.text { text-align: left; } figure { margin: 0; }
+img { max-width: 100%; height: auto; } .note { color: #666; max-width: 60rem; }
 code { background: #f2f2f2; padding: 0.1rem 0.3rem; }
 """
 
@@ -52,40 +55,58 @@ def remarks(inspected: Inspected) -> list[str]:
     """Return a line for everything that the numbers alone do not say."""
     lines = [f"exact: {inspected.note}."] if inspected.note else []
     lines += _unsupported(inspected)
-    for row in inspected.rows:
-        if row.reason:
-            lines.append(f"{row.name} does not apply: {row.reason}")
-        if row.note:
-            lines.append(f"{row.name}: {row.note}.")
-        if row.same_as:
-            lines.append(f"{row.name} has the same entries as {row.same_as} on these layers, and is drawn there.")
+    if inspected.interrupted:
+        lines.append(f"Interrupted: {', '.join(inspected.interrupted)} not looked at.")
+    for names, reason in _grouped(inspected, lambda row: None if row.refuses_unsupported else row.reason):
+        lines.append(f"{names} do{'' if ',' in names else 'es'} not apply: {reason}")
+    for names, note in _grouped(inspected, lambda row: row.note):
+        lines.append(f"{names}: {note}.")
+    for names, same in _grouped(inspected, lambda row: row.same_as):
+        verb, drawn = ("have", "are") if "," in names else ("has", "is")
+        lines.append(f"{names} {verb} the same entries as {same} on these layers, and {drawn} drawn there.")
     return lines
+
+
+def _grouped(inspected: Inspected, text: Callable[[InspectedRow], str | None]) -> Iterator[tuple[str, str]]:
+    """Yield what rows say, each text once, with the names of all rows that say it."""
+    names: dict[str, list[str]] = {}
+    for row in inspected.rows:
+        said = text(row)
+        if said:
+            names.setdefault(said, []).append(row.name)
+    return ((", ".join(group), said) for said, group in names.items())
 
 
 def _unsupported(inspected: Inspected) -> list[str]:
     refusing = [row.name for row in inspected.rows if row.refuses_unsupported]
     if not refusing:
         return []
-    outside = set(inspected.unsupported)
-    seen = outside & {region.name for region in inspected.selection.regions}
-    where = "" if seen else ", none of them in the layers looked at, so that the errors are the same with each of these"
+    outside = inspected.unsupported
+    seen = outside.keys() & {region.name for region in inspected.selection.regions}
+    where = "" if seen else " None of them is in the layers looked at: the errors are the same with each of these."
     return [
-        f"{', '.join(refusing)} left out for parameters outside every layer ({', '.join(sorted(outside))}): give them "
-        f"something with --on-unsupported {', '.join(ON_UNSUPPORTED[1:])}{where}."
+        f"{', '.join(refusing)} left out, because of parameters outside every layer ("
+        f"{'; '.join(f'{name}: {reason}' for name, reason in outside.items())}). Take them in with --on-unsupported "
+        f"{', '.join(ON_UNSUPPORTED[1:-1])} or {ON_UNSUPPORTED[-1]}, which says what those parameters get.{where}"
     ]
 
 
 def legend(inspected: Inspected) -> str:
     """Return what the columns are."""
+    inverse = "inverse error: the same of the inverses; " if inspected.inspection.inverses else ""
     share = "" if inspected.diagonal_share is None else (
         f" {inspected.diagonal_share:.0%} of the exact matrix's squared Frobenius norm lies in the layers' own blocks."
     )  # fmt: skip
-    inverse = "inverse error: the same of the inverses; " if inspected.inspection.inverses else ""
+    estimates = (
+        " All by products: the error with its standard error, the spectral error by Lanczos to a relative residual of "
+        f"{LANCZOS_TOLERANCE:g}, the steps by conjugate gradients to one of {CG_TOLERANCE:g}."
+    )
+    held = "" if inspected.selection.is_whole else "; on the selected layers, all other parameters held fixed"
     return (
         "error: relative difference from the exact matrix in the Frobenius norm; spectral: in the spectral norm; "
         f"{inverse}step cosine: between -(C + damping I)^-1 g of the exact matrix and of the approximation, "
-        f"damping {inspected.damping:.3g}; on the selected layers, all other parameters held fixed. memory: of the "
-        f"operator's numbers, and time to estimate: for the whole model.{share}"
+        f"damping {inspected.damping:.3g}{held}. memory: of the operator's numbers, and time to estimate: for the "
+        f"whole model.{estimates if inspected.inspection.estimate else share}"
     )
 
 
@@ -108,19 +129,25 @@ def document(inspected: Inspected, how: Mapping[str, str], files: Sequence[str])
         "unsupported": dict(inspected.unsupported),
         "damping": inspected.damping,
         "diagonal_share": inspected.diagonal_share,
-        "exact": {"note": inspected.note, "eigenvalues": inspected.exact.eigenvalues.tolist()},
+        "exact": {"note": inspected.note, **_eigenvalues(inspected.exact)},
         "approximations": [_row_document(row) for row in inspected.rows],
+        "interrupted": list(inspected.interrupted),
         "files": list(files),
     }
 
 
 def _row_document(row: InspectedRow) -> dict[str, Any]:
     keys = (
-        "name", "reason", "note", "same_as", "error", "spectral_error", "inverse_error", "step_cosine", "layer_errors",
-        "memory", "seconds",
+        "name", "reason", "note", "same_as", "error", "error_deviation", "spectral_error", "inverse_error",
+        "step_cosine", "layer_errors", "memory", "seconds",
     )  # fmt: skip
-    eigenvalues = None if row.looked is None else row.looked.eigenvalues.tolist()
-    return {**{key: getattr(row, key) for key in keys}, "eigenvalues": eigenvalues}
+    return {**{key: getattr(row, key) for key in keys}, **_eigenvalues(row.looked)}
+
+
+def _eigenvalues(looked: Looked | None) -> dict[str, Any]:
+    if looked is None:
+        return {"eigenvalues": None, "rounding": None}
+    return {"eigenvalues": looked.eigenvalues.tolist(), "rounding": looked.rounding}
 
 
 def versions() -> dict[str, str]:
@@ -140,25 +167,21 @@ def html_page(title: str, inspected: Inspected, pictures: Sequence[Picture], how
         pictures: in order.
         how: how it was made, name to text.
     """
-    layers = inspected.selection.regions
     columns = _columns(inspected)
+    rows = [row for row in inspected.rows if not row.reason]
     numbers = _html_table(
         ["approximation", *(column.title for column in columns)],
-        [[row.name, *(column.text(row) for column in columns)] for row in inspected.rows if not row.reason],
+        [[row.name, *(column.text(row) for column in columns)] for row in rows],
     )
-    blocks = _html_table(
-        ["approximation", *(f"layer {region.name}" for region in layers)],
-        [[row.name, *map(_number, row.layer_errors)] for row in inspected.rows if not row.reason],
-    )
-    refused = [[row.name, row.reason] for row in inspected.rows if row.reason]
+    refused = list(_grouped(inspected, lambda row: row.reason))
     reasons = _html_table(["approximation", "reason"], refused, text=True)
-    notes = "".join(f"<li>{escape(line)}</li>" for line in remarks(inspected) if "does not apply" not in line)
+    notes = "".join(f"<li>{escape(line)}</li>" for line in remarks(inspected) if " not apply: " not in line)
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(_what(inspected))}.</p>",
         f"<h2>Errors, steps and cost</h2>{numbers}<p class='note'>{escape(legend(inspected))}</p>",
         f"<ul class='note'>{notes}</ul>" if notes else "",
-        f"<h2>Errors of the layers' own blocks</h2>{blocks}",
+        _layer_errors(inspected, rows),
         f"<h2>What does not apply</h2>{reasons}" if refused else "",
         *(_html_picture(picture) for picture in pictures),
         f"<h2>How this was made</h2>{_html_table(['', ''], [list(item) for item in how.items()], text=True)}",
@@ -169,10 +192,24 @@ def html_page(title: str, inspected: Inspected, pictures: Sequence[Picture], how
     )
 
 
+def _layer_errors(inspected: Inspected, rows: Sequence[InspectedRow]) -> str:
+    if inspected.exact is None:
+        return ""
+    head = ["approximation", *(f"layer {region.name}" for region in inspected.selection.regions)]
+    table = _html_table(head, [[row.name, *map(_number, row.layer_errors)] for row in rows])
+    return (
+        f"<h2>Errors of the layers' own blocks</h2>{table}<p class='note'>Relative, in the Frobenius norm; - where the "
+        "exact block is zero.</p>"
+    )
+
+
 def _html_picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
     title = escape(picture.title)
-    return f"<h2>{title[:1].upper()}{title[1:]}</h2><img alt='{title}' src='data:image/png;base64,{data}'>"
+    return (
+        f"<h2>{title[:1].upper()}{title[1:]}</h2><figure><img alt='{title}' src='data:image/png;base64,{data}'>"
+        f"<figcaption class='note'>{escape(picture.caption)}</figcaption></figure>"
+    )
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str | None]], *, text: bool = False) -> str:
@@ -184,7 +221,7 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str | None]], *, te
 
 def _columns(inspected: Inspected) -> list[_Column]:
     columns = [
-        _Column(title="error", text=lambda row: _number(row.error)),
+        _Column(title="error", text=_error),
         _Column(title="spectral", text=lambda row: _number(row.spectral_error)),
         _Column(title="step cosine", text=lambda row: _number(row.step_cosine)),
         _Column(title="memory", text=lambda row: "-" if row.memory is None else size_text(row.memory)),
@@ -206,6 +243,11 @@ def _layers(inspected: Inspected) -> str:
         return f"all {selection.total:,} parameters"
     names = ", ".join(region.name for region in selection.regions)
     return f"{selection.size:,} of {selection.total:,} parameters, in layers {names}"
+
+
+def _error(row: InspectedRow) -> str:
+    deviation = "" if row.error_deviation is None else f" +- {row.error_deviation:.1g}"
+    return f"{_number(row.error)}{deviation}"
 
 
 def _number(value: float | None) -> str:

@@ -126,7 +126,13 @@ def trained(
     )
 
 
-def own_model(path: str, function: Callable[[], Any], seed: int, device: torch.device) -> Subject:
+def own_model(
+    path: str,
+    function: Callable[[], Any],
+    seed: int,
+    device: torch.device,
+    check: Callable[[curvlib.Evaluation], object],
+) -> Subject:
     """Return the model of a user's function.
 
     Args:
@@ -134,6 +140,7 @@ def own_model(path: str, function: Callable[[], Any], seed: int, device: torch.d
         function: takes nothing and returns (model, loss, (inputs, targets)).
         seed: of PyTorch's random numbers, set before the function is called.
         device: where model and batch go.
+        check: given the evaluation, to refuse it.
 
     Raises:
         ExperimentError: the function fails, or returns something else.
@@ -158,6 +165,7 @@ def own_model(path: str, function: Callable[[], Any], seed: int, device: torch.d
         evaluation = curvlib.Objective(model, loss).at(_moved(batch, device))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ExperimentError(f"--model {path}: model, loss and batch do not go together: {error}") from error
+    check(evaluation)
     return Subject(
         title=path,
         evaluation=evaluation,

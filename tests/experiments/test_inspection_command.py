@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import curvlib
 from curvlib.experiments import PROBLEMS, ExperimentError, Inspection, Training, configure, inspect_evaluation
 from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS
 from curvlib.experiments.images import MNIST, Images, SmallMNIST
+from curvlib.experiments.inspection_dense import DenseWork
 from curvlib.experiments.inspection_figures import heat_maps
+from curvlib.experiments.inspection_folder import InspectionFolder
 from curvlib.experiments.inspection_selection import Region, Selection
 from curvlib.experiments.inspection_subject import trained
 
@@ -164,7 +168,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
     outcome = call(*words, "--approximation", "identity")
     assert outcome.exit_code == 0, outcome.output
-    assert "kfac does not apply: " in outcome.output
+    assert "kfac left out, because of parameters outside every layer (1.factor: " in outcome.output
     outcome = call(*words, "--on-unsupported", "dense", "--overwrite")
     assert outcome.exit_code == 0, outcome.output
     assert "kfac: outside every layer, 1.factor: exact dense block" in outcome.output
@@ -253,6 +257,68 @@ def test_the_approximations_are_listed_with_the_matrices_of_each():
     assert lines["low-rank-alone"][1:] == ["yes"] * 4
     assert lines["kfac"][1:] == ["yes", "yes", "yes", "-"]
     assert set(INSPECTED_APPROXIMATIONS) <= set(lines)
+
+
+def test_an_interruption_writes_what_is_done(tmp_path, monkeypatch):
+    own(tmp_path, monkeypatch, "own_models_c")
+    compare = DenseWork.compare
+
+    def interrupted_afterwards(self, name, operator):
+        row = compare(self, name, operator)
+        os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    words = ("--model", "own_models_c:tiny", "--approximation", "kfac", "--approximation", "ekfac")
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseWork, "compare", interrupted_afterwards)
+        outcome = inspect(tmp_path / "out", *words)
+        # the signal came within the first approximation, which counts once its end has been reported
+        assert outcome.exit_code == 130, outcome.output
+        assert "nothing was written" in outcome.output
+        assert not (tmp_path / "out").exists()
+    row = DenseWork._row
+
+    def interrupted_later(self, choice):
+        if choice.name == "ekfac":
+            os.kill(os.getpid(), signal.SIGINT)
+        return row(self, choice)
+
+    monkeypatch.setattr(DenseWork, "_row", interrupted_later)
+    outcome = inspect(tmp_path / "out", *words)
+    assert outcome.exit_code == 130, outcome.output
+    told = numbers(tmp_path / "out")
+    assert told["interrupted"] == ["ekfac"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*told["files"], "inspection.json"}
+    assert "Interrupted: ekfac not looked at." in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_write_that_fails_leaves_the_earlier_inspection(tmp_path, monkeypatch):
+    earlier = {"a.png": b"a", "inspection.json": b'{"files": ["a.png"]}'}
+    InspectionFolder(tmp_path / "out", overwrite=False).write(earlier)
+    write, written = Path.write_bytes, []
+
+    def full(self, content):
+        written.append(self.name)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        InspectionFolder(tmp_path / "out", overwrite=True).write({"b.png": b"b", "inspection.json": b"{}"})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == earlier
+
+
+def test_a_large_model_is_told_the_remedies_and_estimated(tmp_path, monkeypatch):
+    own(tmp_path, monkeypatch, "own_models_d")
+    words = ("--model", "own_models_d:tiny", "--most", 42, "--approximation", "kfac")
+    outcome = inspect(tmp_path / "out", *words)
+    assert outcome.exit_code == 2
+    assert "Choose fewer with --layers 0,2, raise --most, or use --estimate" in re.sub(r"\s+", " ", outcome.output)
+    outcome = inspect(tmp_path / "out", *words, "--estimate")
+    assert outcome.exit_code == 0, outcome.output
+    assert "ggn on 43 of 43 parameters, and 1 approximations: up to " in outcome.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"density.png", "report.html", "inspection.json"}
 
 
 def test_the_path_of_the_data_is_not_told(tmp_path, monkeypatch):

@@ -1,0 +1,66 @@
+"""Makes an inspection."""
+
+from __future__ import annotations
+
+import torch
+
+import curvlib
+from curvlib.approximations import Exact
+from curvlib.experiments.clock import TrainingClock
+from curvlib.experiments.curvatures import INSPECTED_MATRICES
+from curvlib.experiments.inspection import Inspected, Inspection, prepare
+from curvlib.experiments.inspection_dense import DenseWork
+from curvlib.experiments.inspection_estimate import EstimateWork, most_products
+from curvlib.experiments.inspection_selection import Selection
+from curvlib.experiments.inspection_work import Report, exact_matrix_can_be_made
+
+
+def inspect_evaluation(evaluation: curvlib.Evaluation, inspection: Inspection, report: Report) -> Inspected:
+    """Return the exact matrix beside its approximations on a batch.
+
+    Args:
+        evaluation: the objective on the batch.
+        inspection: what to look at.
+        report: told what is done, and the part of it that is done; may raise
+            :class:`~curvlib.experiments.StopInspection`, and the approximations that are done by then are returned.
+
+    Raises:
+        ExperimentError: the layers are unknown or too large, no approximation applies, or the exact matrix cannot be
+            made of this model.
+        StopInspection: ``report`` raised it before any approximation was done.
+    """
+    work = EstimateWork if inspection.estimate else DenseWork
+    return work(evaluation, inspection, prepare(evaluation, inspection), report).run()
+
+
+def product_seconds(evaluation: curvlib.Evaluation, inspection: Inspection) -> float:
+    """Return how long a product with the exact matrix takes, so that one can be told before all of them are made.
+
+    Raises:
+        ExperimentError: the exact matrix cannot be made of this model.
+    """
+    layout = evaluation.layout
+    vector = torch.ones(layout.size, dtype=layout.dtype, device=layout.device)
+    draws = torch.Generator(layout.device).manual_seed(inspection.seed)
+    with exact_matrix_can_be_made():
+        operator = Exact(INSPECTED_MATRICES.get(inspection.matrix)).estimate(evaluation, draws)
+        operator @ vector  # the first one prepares the others
+        clock = TrainingClock(layout.device)
+        with clock.running():
+            operator @ vector
+    return clock.seconds
+
+
+def products_of(inspection: Inspection, selection: Selection, approximations: int) -> int:
+    """Return the most products with the exact matrix that an inspection makes.
+
+    Args:
+        inspection: what to look at.
+        selection: the coordinates.
+        approximations: how many there are.
+    """
+    density, d = inspection.density, selection.size
+    spectrum = 0 if density is None else density.steps * density.probes
+    if inspection.estimate:
+        return most_products(d, approximations) + spectrum
+    return d if selection.is_whole else d + spectrum
