@@ -33,6 +33,7 @@ from curvlib.approximations import (
     Reduce,
     Remainder,
     RootDiagonal,
+    RootMeanSquareDiagonal,
     SymmetricTransition,
     TridiagonalKFAC,
 )
@@ -77,6 +78,8 @@ _register("parameter-blocks", partial(BlockDiagonal, partition=ByParameter()))
 _register("low-rank-blocks", partial(BlockDiagonal, blocks=LowRankBlocks(rank=20)))
 _register("hutchinson-diagonal", HutchinsonDiagonal)
 _register("root-diagonal", RootDiagonal)
+# As AdaHessian has it, of one batch.
+_register("adahessian-diagonal", lambda matrix: RootMeanSquareDiagonal(HutchinsonDiagonal(matrix, probes=1)))
 _register("low-rank-alone", partial(LowRank, method=RandomizedSketch(rank=20)))
 _register("low-rank-estimated", partial(LowRank, method=RandomizedSketch(rank=20), diagonal=EstimatedRemainder()))
 _register("low-rank-nystrom", partial(LowRank, method=Nystrom(rank=20)))

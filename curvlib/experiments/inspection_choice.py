@@ -12,7 +12,7 @@ from curvlib import UnsupportedLayerError
 from curvlib.approximations import Approximation
 from curvlib.experiments.curvatures import INSPECTED_APPROXIMATIONS, INSPECTED_MATRICES
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.inspection_memory import check_bytes
+from curvlib.experiments.inspection_memory import check_cost
 
 # What layerwise approximations can make of parameters outside every layer.
 ON_UNSUPPORTED = ("raise", "diagonal", "dense", "exclude")
@@ -94,7 +94,7 @@ def _choice(evaluation: curvlib.Evaluation, name: str, matrix: str, on_unsupport
         approximation = approximation_of(name, matrix, on_unsupported)
         refusing = _has_fallback(approximation) and on_unsupported == "raise"
         approximation.check(evaluation.objective)
-        check_bytes(approximation, evaluation)
+        check_cost(approximation, evaluation)
     except NOT_APPLICABLE as error:
         unsupported = refusing and isinstance(error, UnsupportedLayerError)
         return Choice(name=name, reason=str(error), refuses_unsupported=unsupported)

@@ -256,7 +256,7 @@ def _tell_plan(console: Console, evaluation: curvlib.Evaluation, inspection: Ins
     preparation = prepare(evaluation, inspection)
     selection, count = preparation.selection, sum(choice.reason is None for choice in preparation.choices)
     seconds = product_seconds(evaluation, inspection)
-    products = products_of(inspection, selection, count)
+    products = products_of(inspection, preparation, evaluation)
     work = f"up to {products:,} products of {seconds:.2g} s with the exact matrix"
     console.print(
         f"{inspection.matrix} on {selection.size:,} of {selection.total:,} parameters, and {count} approximations: "

@@ -28,6 +28,8 @@ from curvlib.operators import LinearOperator, OperatorError
 
 # Matrices of more bytes than this may take a machine down before it says that they are too many.
 _MOST_BYTES = 2**32
+# One for each parameter, of which the exact matrix of a large model takes seconds.
+_MOST_PRODUCTS = 20_000
 # What is held at once of matrices (d, d): the exact one, an approximation, their difference and its absolute values,
 # a damped copy and its factor, and what the eigenvalue solver takes; the inverses come on top.
 _MATRICES, _INVERSES = 8, 3
@@ -71,12 +73,19 @@ def _all_tensors(states: Sequence[object]) -> Iterator[Tensor]:
         yield from _tensors(state)
 
 
-def check_bytes(approximation: Approximation, evaluation: curvlib.Evaluation) -> None:
-    """Refuse an approximation whose matrices would be too large.
+def check_cost(approximation: Approximation, evaluation: curvlib.Evaluation) -> None:
+    """Refuse an approximation whose matrices would be too large, or that takes too many products.
 
     Raises:
         MemoryError: says how large.
+        ValueError: says how many.
     """
+    products = exact_products(approximation, evaluation)
+    if products > _MOST_PRODUCTS:
+        raise ValueError(
+            f"it takes {products:,} products with the exact matrix, one for each parameter, more than the "
+            f"{_MOST_PRODUCTS:,} that an approximation may take here"
+        )
     needed = evaluation.outputs.element_size() * matrix_numbers(approximation, evaluation)
     limit = min(_MOST_BYTES, available_bytes(evaluation.layout.device))
     if needed > limit:
@@ -84,6 +93,16 @@ def check_bytes(approximation: Approximation, evaluation: curvlib.Evaluation) ->
             f"its matrices would take {size_text(needed)} for the whole model, more than the {size_text(limit)} that "
             "an approximation may take here"
         )
+
+
+def exact_products(approximation: Approximation, evaluation: curvlib.Evaluation) -> int:
+    """Return how many products with the exact matrix an approximation takes that needs one for each parameter, else 0.
+
+    That are the dense matrix, and the exact blocks of a matrix which gives products only.
+    """
+    matrix = getattr(approximation, "matrix", None)
+    by_products = getattr(approximation, "takes_products", False) and not getattr(matrix, "has_vectors", True)
+    return evaluation.layout.size if by_products or isinstance(approximation, Dense) else 0
 
 
 def check_selection(size: int, total: int, inverses: bool, device: torch.device) -> int:

@@ -8,10 +8,10 @@ import curvlib
 from curvlib.approximations import Exact
 from curvlib.experiments.clock import TrainingClock
 from curvlib.experiments.curvatures import INSPECTED_MATRICES
-from curvlib.experiments.inspection import Inspected, Inspection, prepare
+from curvlib.experiments.inspection import Inspected, Inspection, Preparation, prepare
 from curvlib.experiments.inspection_dense import DenseWork
 from curvlib.experiments.inspection_estimate import EstimateWork, most_products
-from curvlib.experiments.inspection_selection import Selection
+from curvlib.experiments.inspection_memory import exact_products
 from curvlib.experiments.inspection_work import Report, exact_matrix_can_be_made
 
 
@@ -51,16 +51,18 @@ def product_seconds(evaluation: curvlib.Evaluation, inspection: Inspection) -> f
     return clock.seconds
 
 
-def products_of(inspection: Inspection, selection: Selection, approximations: int) -> int:
+def products_of(inspection: Inspection, preparation: Preparation, evaluation: curvlib.Evaluation) -> int:
     """Return the most products with the exact matrix that an inspection makes.
 
     Args:
         inspection: what to look at.
-        selection: the coordinates.
-        approximations: how many there are.
+        preparation: what is known of it.
+        evaluation: the objective on a batch.
     """
-    density, d = inspection.density, selection.size
+    density, selection = inspection.density, preparation.selection
+    made = [choice.approximation for choice in preparation.choices if choice.approximation is not None]
+    own = sum(exact_products(approximation, evaluation) for approximation in made)
     spectrum = 0 if density is None else density.steps * density.probes
     if inspection.estimate:
-        return most_products(d, approximations) + spectrum
-    return d if selection.is_whole else d + spectrum
+        return own + most_products(selection.size, len(made)) + spectrum
+    return own + selection.size + (0 if selection.is_whole else spectrum)

@@ -90,5 +90,6 @@ def _constructor(approximation: Any) -> str:
         default = entry.default if made is dataclasses.MISSING else made()
         value = getattr(approximation, entry.name)
         if entry.name != "matrix" and value != default:
-            given.append(f"{entry.name}={value!r}")
+            shown = _constructor(value) if isinstance(value, Approximation) else repr(value)
+            given.append(f"{entry.name}={shown}")
     return f"{type(approximation).__name__}({', '.join(given)})"

@@ -196,10 +196,6 @@ def test_an_approximation_that_does_not_apply_is_a_row_with_its_reason():
     assert row.error is None
     assert any(line.startswith("kfra does not apply: ") for line in remarks(seen))
     assert row_of(seen, "identity").reason is None
-    hessian = looked_at(matrix="hessian", damping=10.0)
-    assert "products only" in row_of(hessian, "kfac").reason
-    for name in ("identity", "hutchinson-diagonal", "low-rank-alone", "low-rank-estimated", "low-rank-lanczos"):
-        assert row_of(hessian, name).error is not None
     both = looked_at(matrix="hessian", approximated="ggn", damping=10.0, approximations=("kfac",))
     assert both.rows[0].reason is None
     assert both.rows[0].step_cosine > 0
@@ -249,6 +245,31 @@ def test_nothing_left_to_look_at_is_an_error_before_the_work():
     at = curvlib.Objective(recurrent, nn.MSELoss()).at((torch.ones(3, 1, 3), torch.ones(3, 1)))
     with pytest.raises(ExperimentError, match=r"(?s)No approximation is left.*kfac-tridiagonal: "):
         looked_at(at, approximations=("kfac-tridiagonal",))
+
+
+def test_one_product_for_each_parameter_is_refused_for_large_models(monkeypatch):
+    monkeypatch.setattr(inspection_memory, "_MOST_PRODUCTS", 42)
+    names = ("dense", "diagonal", "hutchinson-diagonal")
+    for matrix, refused in (("hessian", names[:2]), ("ggn", names[:1])):
+        seen = looked_at(matrix=matrix, approximations=names)
+        assert tuple(row.name for row in seen.rows if "43 products" in (row.reason or "")) == refused
+    monkeypatch.setattr(inspection_memory, "_MOST_PRODUCTS", 43)
+    assert looked_at(matrix="hessian", approximations=("diagonal",)).rows[0].reason is None
+
+
+def test_the_hessian_has_its_own_approximations():
+    seen = looked_at(matrix="hessian", damping=10.0)
+    reasons = {row.name: row.reason for row in seen.rows}
+    shown = {name for name, reason in reasons.items() if reason is None}
+    assert shown >= {
+        "diagonal", "block-diagonal", "unit-blocks", "parameter-blocks", "identity", "hutchinson-diagonal",
+        "adahessian-diagonal", "low-rank-alone", "low-rank-estimated", "low-rank-lanczos",
+    }  # fmt: skip
+    assert row_of(seen, "block-diagonal").layer_errors == pytest.approx((0.0, 0.0, 0.0), abs=1e-9)
+    assert "products only" in reasons["kfac"]
+    C = Dense(curvlib.Hessian()).estimate(evaluation()).to_dense()
+    expected = float((C - C.diag().diag()).norm() / C.norm())
+    assert row_of(seen, "diagonal").error == pytest.approx(expected)
 
 
 def test_what_there_is_no_memory_for_is_refused_before_the_work(monkeypatch):
@@ -337,7 +358,7 @@ def test_an_error_of_curvlib_itself_is_not_taken_for_a_reason(monkeypatch):
     def broken(*_):
         raise AttributeError("oops")
 
-    monkeypatch.setattr(inspection_choice, "check_bytes", broken)
+    monkeypatch.setattr(inspection_choice, "check_cost", broken)
     with pytest.raises(AttributeError):
         looked_at(approximations=("kfac",))
 

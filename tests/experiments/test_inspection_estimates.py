@@ -12,7 +12,7 @@ from curvlib.experiments.inspection_report import document, legend, remarks, res
 from curvlib.experiments.inspection_run import product_seconds, products_of
 from curvlib.spectra import SpectralDensity
 
-NAMES = ("kfac", "diagonal", "low-rank-alone", "identity")
+NAMES = ("kfac", "diagonal", "unit-blocks", "identity")
 
 
 def looked_at(of=None, report=lambda what, part: None, **changes):
@@ -74,8 +74,9 @@ def test_estimates_need_no_limit_of_coordinates_and_tell_their_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(at), "product", counted)
         inspect_evaluation(at, ask, lambda *_: None)
-        assert 30 < len(multiplied) <= products_of(ask, preparation.selection, 1)
-    assert products_of(Inspection(), preparation.selection, 9) == 43
+        assert 30 < len(multiplied) <= products_of(ask, preparation, evaluation())
+    whole = Inspection(matrix="hessian", approximations=("diagonal", "unit-blocks", "identity"))
+    assert products_of(whole, prepare(evaluation(), whole), evaluation()) == 3 * 43
     assert product_seconds(evaluation(), ask) > 0
     with pytest.raises(ExperimentError, match="makes no matrices, and so no inverses"):
         Inspection(estimate=True, inverses=True)
@@ -102,7 +103,7 @@ def test_an_interruption_keeps_the_rows_that_are_done():
         seen = looked_at(report=stop("diagonal"), approximations=NAMES, estimate=estimate)
         assert [row.name for row in seen.rows] == ["kfac"]
         assert seen.interrupted == NAMES[1:]
-        assert "Interrupted: diagonal, low-rank-alone, identity not looked at." in remarks(seen)
+        assert "Interrupted: diagonal, unit-blocks, identity not looked at." in remarks(seen)
         for name in ("exact", "kfac"):
             with pytest.raises(StopInspection):
                 looked_at(report=stop(name), approximations=NAMES, estimate=estimate)
