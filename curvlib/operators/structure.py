@@ -266,6 +266,12 @@ def _(operator: Sum) -> tuple[LinearOperator, ...]:
     return tuple(part for term in operator.terms for part in _terms(term))
 
 
+@_terms.register
+def _(operator: Shifted) -> tuple[LinearOperator, ...]:
+    identity = Identity(operator.size, operator.dtype, operator.device)
+    return (*_terms(operator.operator), Scaled(operator.shift, identity))
+
+
 def merge(operator: Sum) -> tuple[LinearOperator, float]:
     """Return (R, c) with R + c I equal to the sum: multiples of I in c; diagonals, full matrices and blocks in R.
 

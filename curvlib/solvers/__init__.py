@@ -1,6 +1,6 @@
 """Solvers: how (C + damping I)^-1 is applied, how a quadratic model is minimised, how the damping adapts."""
 
-from curvlib.solvers import kronecker_chain, markov_chain  # noqa: F401 - their rules
+from curvlib.solvers import kronecker_chain, markov_chain, sums  # noqa: F401 - their rules
 from curvlib.solvers.blockwise_damping import BlockwiseDamping, damping_structure
 from curvlib.solvers.cg import CG, CGInverse
 from curvlib.solvers.damping import ConstantDamping, DampingControl, DampingState, LevenbergMarquardt

@@ -35,10 +35,9 @@ from curvlib.operators import (
     LowRank,
     Scaled,
     Shifted,
-    Sum,
     full_precision,
 )
-from curvlib.operators.structure import absorb_factor, add_shift, merge
+from curvlib.operators.structure import absorb_factor, add_shift
 from curvlib.solvers.cg import CG
 from curvlib.solvers.damping_scale import checked_damping
 from curvlib.solvers.errors import SolveError
@@ -63,7 +62,9 @@ def damped_inverse(operator: LinearOperator, damping: float) -> LinearOperator:
     ...KroneckerChain,    without damping by structure; else conjugate gradients, preconditioned with the
     KroneckerMarkovChain  chain that FactoredTikhonov damps
     LowRank               Woodbury: again low rank plus diagonal, with the orthogonal complement
-    Scaled, Shifted, Sum  rule of what is inside, where the factor, the shift or the diagonals can be moved
+    Scaled, Shifted, Sum  rule of what is inside, where the factor, the shift or the diagonals can be moved; two
+                          Kronecker products in the basis that makes both diagonal, without damping, else conjugate
+                          gradients preconditioned with that; so is a Kronecker product beside a diagonal
     any other             conjugate gradients anew at each product, to a relative residual of about 1e-10 in
                           float64 and 1e-5 in float32
     ====================  ===================================================================================
@@ -186,14 +187,6 @@ def _(operator: Shifted, damping: float) -> LinearOperator:
         return _inverse(operator.operator, total)
     joined = add_shift(operator.operator, total)
     return _by_default(operator, damping) if joined is None else _inverse(joined, 0.0)
-
-
-@_inverse.register
-def _(operator: Sum, damping: float) -> LinearOperator:
-    rest, shift = merge(operator)
-    if isinstance(rest, Sum):
-        return _by_default(Shifted(rest, shift), damping)
-    return _inverse(Shifted(rest, shift), damping)
 
 
 @_inverse.register
