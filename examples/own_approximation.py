@@ -1,17 +1,17 @@
 """An approximation of one's own, with every solver and in a comparison: K-FAC whose two factors are diagonals."""
 
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from curvlib import GGN, Objective
 from curvlib import experiments as lab
+from curvlib import solvers as by
 from curvlib.approximations import Exact, LayerwiseApproximation, Statistics, layer_key
+from curvlib.experiments.command_line import main as curvlib_command
 from curvlib.operators import Diagonal, Kronecker
-from curvlib.solvers import CG, MINRES, FactoredTikhonov, damped_inverse, eigendecompose
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,27 @@ if __name__ == "__main__":
     evaluation = objective.at((torch.randn(200, 10), torch.randint(3, (200,))))
     print(objective.describe(DiagonalFactors(GGN())))
 
-    gradient, damping = evaluation.gradient(), 0.1
+    g, damping = evaluation.gradient(), 0.1
     C, exact = DiagonalFactors(GGN()).estimate(evaluation), Exact(GGN()).estimate(evaluation)
-    solvers = {
-        "by structure": damped_inverse,
-        "eigenvalues first": lambda C, damping: damped_inverse(eigendecompose(C), damping),
-        "factored damping": FactoredTikhonov(),
-        "conjugate gradients": CG(),
-        "MINRES": MINRES(),
-        "preconditioning exact": lambda C, damping: CG(preconditioner=damped_inverse(C, damping))(exact, damping),
-    }
-    for name, solver in solvers.items():
-        step = -(solver(C, damping) @ gradient)
+    # BlockwiseDamping: twice the damping in the second layer
+    per_layer = torch.cat([torch.full_like(p, 1.0 + i // 2).flatten() for i, p in enumerate(model.parameters())])
+    solvers = by.CG(), by.MINRES(), by.FactoredTikhonov(), by.BlockwiseDamping(factors=per_layer), by.DeterminismCheck()
+    steps = {type(solver).__name__: -(solver(C, damping) @ g) for solver in solvers}
+    steps["damped_inverse"] = -(by.damped_inverse(C, damping) @ g)
+    steps["of its eigenvalues"] = -(by.damped_inverse(by.eigendecompose(C), damping) @ g)
+    preconditioned = by.CG(preconditioner=by.damped_inverse(C, damping))
+    steps["preconditioning exact"] = -(preconditioned(exact, damping) @ g)
+    free = by.Subproblem(operator=C, gradient=g, damping=damping)
+    steps["DampedNewton"] = by.DampedNewton().solve(free).step
+    inside = replace(free, radius=0.5 * float(steps["DampedNewton"].norm()))  # a trust region that stops that step
+    for descent in (by.Steihaug(), by.Dogleg(), by.MoreSorensen(), by.TwoDimensionalSubspace()):
+        steps[type(descent).__name__] = descent.solve(inside).step
+    for name, step in steps.items():
         change = float(evaluation.value_at(objective.parameter_vector() + step) - evaluation.value)
-        print(f"{name:24}{change:8.4f}")
+        print(f"{name:24}{change:9.4f}{float(step.norm()):9.4f}")
 
     lab.APPROXIMATIONS.register("diagonal-factors", DiagonalFactors)  # from here on `curvlib compare` knows the name
-    problem = lab.PROBLEMS.get("digits-classifier")
-    method = lab.configure("kfac", problem, {}).with_curvature(lab.CurvatureChoice(approximation="diagonal-factors"))
-    comparison = lab.Comparison(
-        problem=problem, methods=(method, lab.configure("sgd", problem, {})), budget=lab.Steps(40)
-    )
-    with tempfile.TemporaryDirectory() as name:
-        folder = lab.ResultsFolder(Path(name) / "results")
-        lab.prepare_folder(comparison, folder)
-        for record in lab.compare(comparison, problem.load(), folder).records:
-            if record.step == 40:
-                print(f"{record.method:24}{record.loss:8.4f} training loss after 40 steps")
+    options = "--problem digits-classifier --method kfac --method newton-trust-region --method sgd --steps 40"
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["compare", *options.split(), "--curvature", "diagonal-factors", "--output", f"{folder}/results"]
+        curvlib_command(command, standalone_mode=False)

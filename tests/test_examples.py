@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from exported import exported_descents, exported_solvers
 
 from curvlib.experiments import APPROXIMATIONS
 
@@ -95,16 +96,21 @@ def test_own_approximation(capsys, monkeypatch):
     monkeypatch.setattr(APPROXIMATIONS, "_values", dict(APPROXIMATIONS._values))
     text = output_of("own_approximation", capsys)
     assert text.count("product of two diagonals") == 4
-    rows = table(text, 1)
-    change = {name: value for name, (value,) in rows.items()}
-    assert len(change) == 6
-    for name in ("eigenvalues first", "conjugate gradients", "MINRES"):
-        assert change[name] == pytest.approx(change["by structure"], abs=2e-4), "they solve the same system"
-    assert change["factored damping"] != change["by structure"]
+    rows = table(text, 2)
+    change, length = ({name: row[i] for name, row in rows.items()} for i in (0, 1))
+    every = {x.__name__ for x in exported_solvers() | exported_descents()}
+    assert every <= rows.keys(), "every solver and descent that curvlib exports"
+    assert all(value < 0 for value in change.values())
+    for name in ("of its eigenvalues", "CG", "MINRES", "DeterminismCheck", "DampedNewton"):
+        assert change[name] == pytest.approx(change["damped_inverse"], abs=2e-4), "they solve the same system"
+    for name in ("Steihaug", "Dogleg", "MoreSorensen", "TwoDimensionalSubspace"):
+        assert length[name] == pytest.approx(0.5 * length["DampedNewton"], rel=1e-3), "the boundary stops them"
+    for name in ("FactoredTikhonov", "BlockwiseDamping"):
+        assert length[name] < length["damped_inverse"], "another damping"
     assert min(change, key=change.get) == "preconditioning exact"
-    losses = [float(loss) for loss in re.findall(r"(\d+\.\d+) training loss", text)]
-    assert len(losses) == 2
-    assert max(losses) < 2.0, "both train"
+    trained = re.findall(r"(\S+) *\(diagonal-factors \w+\) .*step 40 +loss (\d+\.\d+)", text)
+    assert [name for name, _ in trained] == ["kfac", "newton-trust-region"]
+    assert all(float(loss) < 1.0 for _, loss in trained), "both train"
 
 
 def test_own_approximation_is_defined_in_few_lines():

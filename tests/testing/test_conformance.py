@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from conformance_cases import APPROXIMATIONS, ITERATIVE, LAYERS, SOLVERS
+from exported import exported_solvers
 from operator_cases import CASES
 
 import curvlib
@@ -116,18 +117,8 @@ def test_loss(case):
     check_loss(case, examples=6, draws=1000)
 
 
-def is_solver(x):
-    """Whether it is called with (operator, damping)."""
-    called = inspect.isclass(x) and any("__call__" in vars(base) for base in x.__mro__)
-    call = x.__call__ if called else x
-    if inspect.isclass(call) or inspect.isabstract(x):
-        return False
-    parameters = [name for name in inspect.signature(call).parameters if name != "self"]
-    return parameters == ["operator", "damping"]
-
-
 def test_every_solver_has_a_case():
-    known = {x for name in curvlib.solvers.__all__ if is_solver(x := getattr(curvlib.solvers, name))}
+    known = exported_solvers()
     assert len(known) >= 3
     covered = {case.tested if inspect.isfunction(case.tested) else type(case.tested) for case in SOLVERS}
     uncovered(known - covered, "add a line to SOLVERS")
