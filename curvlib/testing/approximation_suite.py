@@ -17,7 +17,7 @@ from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, StaleEvaluationError
 from curvlib.approximations import Approximation, MovingAverage, StatisticalApproximation
 from curvlib.testing.estimates import CLOSE, Estimates
 from curvlib.testing.exact_cases import check_exact, check_sphere, fixed_networks
-from curvlib.testing.exactness import ExactOn
+from curvlib.testing.exactness import ExactOn, itself
 from curvlib.testing.identities import Outcome, Subject, UntestedWarning
 from curvlib.testing.losses import LOSSES
 from curvlib.testing.networks import ACTIVATIONS, networks
@@ -33,9 +33,9 @@ from curvlib.testing.statistic_identities import (
 from curvlib.testing.unchanged import Snapshot
 
 _NO_EXACTNESS = (
-    "exactness: no number was compared with the exact one, but where the curvature is a multiple of the identity, so "
-    "that a wrong factor, layout or index stays unseen. Say exact_on=ON_BLOCKS, ON_DIAGONAL, ON_TRACE, ONE_EXAMPLE or "
-    "another ExactOn where it is exact; exact_on=NOWHERE if it is nowhere."
+    "exactness: no number was compared with the exact one, but where each layer's curvature is a multiple of the "
+    "identity, so that a wrong layout or index stays unseen. Say exact_on=ON_BLOCKS, ON_DIAGONAL, ON_TRACE, "
+    "ONE_EXAMPLE or another ExactOn where it is exact; exact_on=NOWHERE if it is nowhere."
 )
 _MATRICES = (GGN(), Fisher(), EmpiricalFisher(), Hessian())
 
@@ -61,8 +61,8 @@ def check_approximation(
         approximation: an instance.
         exact_on: where it is exact, such as ``EVERYWHERE``, ``ON_BLOCKS``, ``ON_DIAGONAL``, ``ON_TRACE`` or
             ``ONE_EXAMPLE``, or several of these; with random draws, where it is unbiased. ``NOWHERE`` makes no such
-            claim: then no number of it is compared with an exact one but where the curvature is a multiple of the
-            identity. None does the same, with a warning.
+            claim: then no number of it is compared with an exact one but where each layer's curvature is a multiple
+            of the identity. None does the same, with a warning.
         semidefinite: whether no eigenvalue may be negative.
         degree: multiplying the loss by c multiplies the estimate by c^degree: 1 for a curvature, 1/2 for its root, 0
             for the identity; None makes no claim.
@@ -109,11 +109,15 @@ def check_approximation(
         check_exact(approximation, subject, claim, known.random, activations, examples, draws)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if exact or (degree is not None and (degree == 1.0 or not known.random)):
-            check_sphere(approximation, subject, exact[0] if exact else None, known.random, degree or 0.0, draws)
+        for claim in exact[:1]:
+            check_sphere(approximation, subject, claim, known.random, 1.0, draws)
+        # what a claim does not compare has to be right there as well
+        whole = any(claim.compared is itself for claim in exact[:1])
+        if not whole and degree is not None and (degree == 1.0 or not known.random):
+            check_sphere(approximation, subject, None, known.random, degree, draws)
         _one_network(Estimates(approximation, subject, fixed_networks()[0]))
         _undefined_matrices(approximation, subject)
-    return _outcome(subject, exact, claims)
+    return _outcome(subject, exact, claims, positions)
 
 
 def _claimed(exact_on: ExactOn | Sequence[ExactOn] | None) -> tuple[ExactOn, ...]:
@@ -122,10 +126,14 @@ def _claimed(exact_on: ExactOn | Sequence[ExactOn] | None) -> tuple[ExactOn, ...
     return (exact_on,) if isinstance(exact_on, ExactOn) else tuple(exact_on or ())
 
 
-def _outcome(subject: Subject, exact: tuple[ExactOn, ...], claims: _Claims) -> Outcome:
+def _outcome(subject: Subject, exact: tuple[ExactOn, ...], claims: _Claims, positions: bool) -> Outcome:
     untested = []
     if not exact:
         untested.append(_NO_EXACTNESS)
+    elif all(claim.examples == 1 for claim in exact):
+        untested.append("several examples: exactness was tested with one example alone")
+    if exact and positions and not any(claim.positions for claim in exact):
+        untested.append("positions: exactness was tested with one position alone")
     if claims.degree is None:
         untested.append("scale: with degree=None, what a multiple of the loss or twice a batch does")
     if not claims.averages:

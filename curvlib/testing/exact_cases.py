@@ -1,11 +1,13 @@
 """Estimates beside dense matrices: where an approximation claims to be exact, and where each has to be.
 
-Symbols: C the estimate, M (D, D) the curvature of the loss, d_in and d_out the sizes of a layer, s and r lengths.
+Symbols: C the estimate, C_l its block of layer l, M (D, D) the curvature of the loss, d_in and d_out the sizes of a
+layer, e_i unit vectors, s and r lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from hypothesis.strategies import SearchStrategy
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 
 from curvlib.approximations import Approximation
 from curvlib.testing.estimates import Estimates
-from curvlib.testing.exactness import ExactOn
+from curvlib.testing.exactness import ExactOn, itself
 from curvlib.testing.identities import Subject
 from curvlib.testing.losses import EVERY_LOSS, LOSSES
 from curvlib.testing.networks import mlp, networks, with_loss
+from curvlib.testing.numbers import draw
 from curvlib.testing.oracles import Network
 from curvlib.testing.search import search
 
@@ -52,35 +55,52 @@ def check_exact(
 def check_sphere(
     approximation: Approximation, subject: Subject, claim: ExactOn | None, random: bool, degree: float, draws: int
 ) -> None:
-    """Hold an approximation to the one case in which every approximation is exact: C = c I.
+    """Hold an approximation to the case in which every one is exact: each layer's curvature is the same c I.
 
-    One linear layer with squared error, and inputs s e_i and residuals r e_j in all d_in d_out combinations. Then the
-    inputs' second moment is a multiple of I, the vectors' too, and both are independent: nothing can be left out. With
-    r^2 = d_out / 2 GGN, Fisher, empirical Fisher and Hessian are the same matrix.
+    See :func:`sphere`. Of two layers the entries between them are not zero, so that the diagonal alone is compared.
     """
-    identity = "where the curvature is a multiple c I of the identity, C = c^degree I (one linear layer, squared error)"
-    for reduction in ("mean", "sum"):
-        network = sphere(reduction)
-        shift = network.l2 if approximation.includes_l2 else 0.0
-        eye = torch.eye(len(network.theta), dtype=network.theta.dtype)
-        curvature = network.copy(l2=0.0).ggn()[0, 0].detach()
-        if claim is None:
-            expected, compared = (curvature**degree + shift) * eye, lambda C: C
-        else:
-            expected, compared = claim.expected(network, approximation), claim.compared
-        if random:
-            _unbiased(approximation, subject, network, expected, draws, compared, identity)
-        else:
-            one = Estimates(approximation, subject, network)
-            one.equal(identity, compared(one.C), compared(expected))
+    for depth, what in ((1, "C = c^degree I"), (2, "the diagonal of C is c^degree")):
+        identity = f"where the curvature of each layer is a multiple c I of the identity, {what}"
+        for reduction in ("mean", "sum"):
+            network = sphere(reduction, depth)
+            where = f"{identity} (layers without activation, squared error, {reduction})"
+            compared: Callable[[Tensor], Tensor]
+            if claim is None:
+                shift = network.l2 if approximation.includes_l2 else 0.0
+                c = network.copy(l2=0.0).ggn()[0, 0].detach()
+                expected = (c**degree + shift) * torch.eye(len(network.theta), dtype=c.dtype)
+                compared = itself if depth == 1 else _diagonal
+            else:
+                expected, compared = claim.expected(network, approximation), claim.compared
+            if random:
+                _unbiased(approximation, subject, network, expected, draws, compared, where)
+            else:
+                one = Estimates(approximation, subject, network)
+                one.equal(where, compared(one.C), compared(expected))
 
 
-def sphere(reduction: str, d_in: int = 2, d_out: int = 3) -> Network:
-    """Return a linear layer whose curvature is a multiple of the identity."""
-    layer = nn.Linear(d_in, d_out, bias=False).double()
-    a = 1.3 * torch.eye(d_in, dtype=torch.float64).repeat_interleave(d_out, 0)
-    residuals = (d_out / 2) ** 0.5 * torch.eye(d_out, dtype=torch.float64).repeat(d_in, 1)
-    return Network(nn.Sequential(layer), nn.MSELoss(reduction=reduction), a, layer(a).detach() - residuals, 0.1)
+def _diagonal(C: Tensor) -> Tensor:
+    return C.diagonal()
+
+
+def sphere(reduction: str, depth: int, d_in: int = 2, d_out: int = 3) -> Network:
+    """Return linear layers of squared error whose inputs and vectors are white and independent: C_l = c I of each.
+
+    The inputs are +-s e_i and the residuals r e_j, in all 2 d_in d_out combinations. With s^2 = d_in the inputs and
+    their homogeneous coordinate have the second moment I; with r^2 = d_out / 2, GGN, Fisher, empirical Fisher and (but
+    for the entries between layers) the Hessian are the same matrix. Weights have orthonormal columns and biases are 0,
+    so that what passes through a layer stays white.
+    """
+    widths = [*[d_in] * depth, d_out]
+    layers = [nn.Linear(n, m).double() for n, m in pairwise(widths)]
+    for i, layer in enumerate(layers):
+        layer.weight.data = draw(i).orthogonal(layer.out_features)[:, : layer.in_features].clone()
+        layer.bias.data.zero_()
+    model = nn.Sequential(*layers)
+    signs = torch.cat([torch.eye(d_in), -torch.eye(d_in)]).double()
+    a = d_in**0.5 * signs.repeat_interleave(d_out, 0)
+    residuals = (d_out / 2) ** 0.5 * torch.eye(d_out, dtype=torch.float64).repeat(2 * d_in, 1)
+    return Network(model, nn.MSELoss(reduction=reduction), a, model(a).detach() - residuals, 0.1)
 
 
 def _unbiased(

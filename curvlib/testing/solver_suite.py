@@ -110,7 +110,7 @@ def _inverts(
     seed: int,
 ) -> None:
     d = draw(seed, C.device, dtype=C.dtype)
-    as_it_was = C.to_dense().clone()
+    as_it_was, state = C.to_dense().clone(), torch.get_rng_state()
     b, B = d.normal(C.size), d.normal(C.size, columns)
     before = b.clone(), B.clone()
     expected = inverse(C, damping)
@@ -124,6 +124,7 @@ def _inverts(
 
     near("X @ b = (C + lambda I)^-1 b", lambda: X @ b, expected @ b)
     subject.same("solver(C, lambda) @ b leaves C as it is", C.to_dense, as_it_was)
+    subject.same("global random numbers are not used", torch.get_rng_state(), state)
     both = torch.cat([b.unsqueeze(1), B, torch.zeros_like(b).unsqueeze(1)], dim=1)
     near("X @ B = (C + lambda I)^-1 B, column by column", lambda: X @ both, expected @ both)
     near("X @ B of as many columns as there are", lambda: X @ B, expected @ B)

@@ -121,6 +121,15 @@ class TooLarge(KFAC):
 
 
 @dataclass(frozen=True)
+class LaterLayersTwice(KFAC):
+    """Counts a later layer for each of the layers before it."""
+
+    def block(self, layer, statistics):
+        C = super().block(layer, statistics)
+        return C if layer.name == "0" else 2.0 * C
+
+
+@dataclass(frozen=True)
 class LastVector(Diagonal):
     """Keeps the statistic of the last output-space vector alone."""
 
@@ -202,7 +211,9 @@ class AlwaysDouble(Exact):
         (IgnoresTheGenerator(Fisher()), EVERYWHERE, "the same generator gives the same estimate"),
         (WritesGradients(GGN()), ON_DIAGONAL, "an estimate leaves the gradient of"),
         (LeavesHooks(GGN()), ON_DIAGONAL, "an estimate leaves the hooks of the model as it was"),
-        (TooLarge(GGN()), NOWHERE, "where the curvature is a multiple c I of the identity, C = c^degree I"),
+        (TooLarge(GGN()), NOWHERE, "a multiple c I of the identity, C = c^degree I"),
+        (LaterLayersTwice(GGN()), NOWHERE, "a multiple c I of the identity, the diagonal of C is c^degree"),
+        (WithoutBias(GGN()), NOWHERE, "a multiple c I of the identity, C = c^degree I"),
         (LastVector(GGN()), NOWHERE, "C depends on the vectors v_k by sum_k v_k v_k^T alone"),
         (TraceOverSize(GGN()), ON_TRACE, "C = the dense matrix that it is exact for, compared by trace"),
         (WithoutBias(GGN()), ONE_EXAMPLE, "C = the dense matrix that it is exact for"),
@@ -230,3 +241,5 @@ def test_the_outcome_tells_what_was_not_tested():
     outcome = check_approximation(Diagonal(Fisher()), exact_on=ON_DIAGONAL, examples=1, draws=20)
     assert [line.split(":")[0] for line in outcome.untested] == ["batches"]
     assert "C = C^T" in outcome.kept
+    outcome = check_approximation(KFAC(GGN()), exact_on=ONE_EXAMPLE, examples=1)
+    assert [line.split(":")[0] for line in outcome.untested] == ["several examples", "positions"]

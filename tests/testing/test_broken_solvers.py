@@ -82,6 +82,11 @@ def of_few_columns(C, damping):
     return MatrixFree(lambda V: torch.where(torch.arange(V.shape[1]) < 9, X @ V, 0.0), C.size, C.dtype)
 
 
+def from_a_random_start(C, damping):
+    X = CG(stop=ResidualTest(relative=1e-12))(C, damping)
+    return MatrixFree(lambda V: X.solve(V, torch.randn_like(V)).x, C.size, C.dtype)
+
+
 def scales_to_size_one(C, damping):
     X = damped_inverse(C, damping)
 
@@ -163,6 +168,7 @@ INVERTS = "X @ b = (C + lambda I)^-1 b"
         (of_any_sign, "C + lambda I with a negative eigenvalue is refused"),
         (unchecked, "the damping -1.0 is refused by name"),
         (damps_in_place, "solver(C, lambda) @ b leaves C as it is"),
+        (from_a_random_start, "global random numbers are not used"),
         (of_few_columns, "X @ B of 40 columns"),
         (scales_to_size_one, "X @ B = (C + lambda I)^-1 B, column by column"),
         (with_a_floor, "solver(s C, s lambda) @ b = solver(C, lambda) @ b / s for s = 1e-08"),
