@@ -45,7 +45,8 @@ def check_operator(
 
     Args:
         operator: an operator, or a Hypothesis strategy of operators or of pairs (operator, its dense matrix), such as
-            ``draws().map(make)`` with a function ``make`` of a :class:`Draw`.
+            ``draws(definite=None).map(make)`` with a function ``make`` of a :class:`Draw`: matrices of any sign, so
+            that an inverse that should be refused is asked for as well.
         dense: the matrix that one operator must equal; without it, the matrix is what its products with unit vectors
             are.
         semidefinite: whether no eigenvalue may be negative.
