@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlib.approximations.by_products import exact_blocks
 from curvlib.approximations.diagonal import Diagonal
 from curvlib.extensions import LayerFactors, UnsupportedLayerError
 from curvlib.matrices import CurvatureMatrix
@@ -40,8 +41,12 @@ def example_gradients(evaluation: Evaluation, vector: Float[Tensor, "N ..."]) ->
 def exact_diagonal(
     evaluation: Evaluation, matrix: CurvatureMatrix, generator: torch.Generator | None
 ) -> Float[Tensor, " D"]:
-    """Return the diagonal of a matrix with vectors, without the l2 term, for any model."""
+    """Return the diagonal of a matrix, without the l2 term, for any model."""
     layout = evaluation.layout
+    if not matrix.has_vectors:
+        like = torch.empty(layout.size, dtype=layout.dtype, device=layout.device)
+        entries = torch.arange(layout.size, device=layout.device).unsqueeze(1)
+        return exact_blocks(matrix.products(evaluation, generator).product, entries, like).flatten()
     if layers_hold(evaluation):
         approximation = Diagonal(matrix, on_unsupported="diagonal")
         statistics = approximation.statistics(evaluation, generator)

@@ -37,25 +37,15 @@ class RemainderDiagonal(ABC):
     ) -> Float[Tensor, " D"]:
         """Return d (D,) for the matrix C and U diag(w) U^T."""
 
-    def check(self, matrix: CurvatureMatrix) -> None:  # noqa: B027 - an estimate takes every matrix
-        """Raise TypeError for a matrix that has no such diagonal."""
-
 
 @dataclass(frozen=True)
 class Remainder(RemainderDiagonal):
     """d = diag(C) - diag(U diag(w) U^T): the sum has the exact diagonal, of the same draws.
 
-    diag(C) costs a backward pass for each vector of the matrix, as ``Diagonal`` does. An entry can be negative where U
+    diag(C) costs a backward pass for each vector of the matrix, as ``Diagonal`` does, and D products for ``Hessian()``,
+    which has none; ``EstimatedRemainder`` takes a few. An entry can be negative where U
     are Ritz vectors that have not converged, never for ``Nystrom``.
     """
-
-    def check(self, matrix: CurvatureMatrix) -> None:
-        """Refuse a matrix without vectors."""
-        if not matrix.has_vectors:
-            raise TypeError(
-                f"Remainder needs vectors v_k with sum v_k v_k^T, and {matrix} has products only: use "
-                "EstimatedRemainder(probes)."
-            )
 
     def values(
         self, curvature: LossCurvature, low_rank: LowRankOperator, generator: torch.Generator | None
@@ -132,10 +122,8 @@ class LowRank(Approximation):
                 f"LowRank needs diagonal to be None, Remainder() or EstimatedRemainder(probes), got {self.diagonal!r}."
             )
         self.method.check(self.matrix)
-        if self.diagonal is not None:
-            if isinstance(self.method, FullRank):
-                raise ValueError(f"FullRank leaves out nothing: leave diagonal out, got {self.diagonal!r}.")
-            self.diagonal.check(self.matrix)
+        if self.diagonal is not None and isinstance(self.method, FullRank):
+            raise ValueError(f"FullRank leaves out nothing: leave diagonal out, got {self.diagonal!r}.")
 
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
         """Return the low-rank operator of one batch.

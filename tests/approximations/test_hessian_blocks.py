@@ -28,6 +28,7 @@ from curvlib.approximations import (
     LowRankBlocks,
     MovingAverage,
     PerLayer,
+    Remainder,
 )
 from curvlib.optimizers import FixedLength, ModelDescent, PreconditionedGradient, SecondOrderOptimizer
 from curvlib.solvers import Dogleg, MoreSorensen, SolveError, TrustRegion, damped_inverse
@@ -241,6 +242,19 @@ def test_single_precision_inside_autocast():
         C = Diagonal(Hessian()).estimate(evaluation)
     assert C.dtype == torch.float32
     torch.testing.assert_close(C.diagonal().double(), H, rtol=1e-5, atol=1e-6)
+
+
+def test_the_remainder_of_its_leading_eigenpairs():
+    """The eigenpairs are the largest by size, of both signs; with the remainder's diagonal the whole one is exact."""
+    network = network_of(mlp([3, 4, 3]), 3)
+    H, eye = network.hessian() - 0.3 * torch.eye(31).double(), torch.eye(31).double()
+    low = LowRank(Hessian(), method=LanczosTruncation(6, 31)).estimate(network.evaluate()).to_dense() - 0.3 * eye
+    e, Q = torch.linalg.eigh(H)
+    largest = e.abs().argsort(descending=True)[:6]
+    assert e[largest].min() < 0 < e[largest].max()
+    torch.testing.assert_close(low, Q[:, largest] @ torch.diag(e[largest]) @ Q[:, largest].T, **CLOSE)
+    both = LowRank(Hessian(), method=LanczosTruncation(6, 31), diagonal=Remainder()).estimate(network.evaluate())
+    torch.testing.assert_close(both.diagonal(), H.diagonal() + 0.3, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore::curvlib.FusedKernelWarning")

@@ -326,8 +326,6 @@ def test_the_hessian_is_refused_by_name_where_it_has_no_meaning():
     for method in (FullRank(), Nystrom(2)):
         with pytest.raises(TypeError, match=rf"{type(method).__name__} needs vectors .* Hessian\(\) has products only"):
             LowRank(Hessian(), method=method)
-    with pytest.raises(TypeError, match=r"EstimatedRemainder\(probes\)"):
-        LowRank(Hessian(), method=LanczosTruncation(2), diagonal=Remainder())
 
 
 def test_bad_arguments_are_named():
