@@ -79,7 +79,12 @@ class Tolerances:
         if result.gradient_norm < self.gtol or result.gradient_norm == 0.0:
             return MinimizationStatus.GRADIENT
         agrees = result.ratio is None or result.ratio > _AGREES
-        if result.accepted and agrees and result.actual is not None and abs(result.actual) < self.ftol * result.loss:
+        if (
+            result.accepted
+            and agrees
+            and result.actual is not None
+            and abs(result.actual) < self.ftol * abs(result.loss)
+        ):
             return MinimizationStatus.VALUE
         if result.step_norm < self.xtol * (self.xtol + parameter_norm):
             return MinimizationStatus.STEP

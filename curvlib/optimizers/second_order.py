@@ -50,7 +50,7 @@ class StepResult:
             network; second moments, inverses and their products are not counted.
         radius: Delta of this step, None where there is no trust region.
         gradient_norm: the largest entry of g before the step, by size.
-        step_norm: |d| of the step that was proposed, whether or not it was accepted.
+        step_norm: |d|, whether or not it was accepted; of the proposal, where a line search has found no step along it.
     """
 
     loss: float
@@ -191,7 +191,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             gradient_evaluations=situation.work,
             radius=None if state.radius is None else state.radius.radius,
             gradient_norm=situation.gradient_norm,
-            step_norm=float(torch.linalg.vector_norm(choice.step)),
+            step_norm=float(torch.linalg.vector_norm(choice.step if choice.learning_rate != 0 else proposal.step)),
         )
         if accepted and ratio is None and not bool(choice.step.isfinite().all()):
             raise NonFiniteLossError(

@@ -148,6 +148,26 @@ def test_steps_do_not_depend_on_the_units_of_the_parameters(make):
     torch.testing.assert_close(paths[0], paths[1], rtol=1e-9, atol=0.0)
 
 
+def test_steps_do_not_depend_on_the_scale_of_the_loss():
+    problem, points = load("Rat42"), []
+    for reduction in ("sum", "mean"):
+        model = problem.model(2)
+        optimizer = levenberg_marquardt(Objective(model, nn.MSELoss(reduction=reduction)))
+        for _ in range(6):
+            optimizer.step((problem.x, problem.y))
+        points.append(model.b.detach())
+    torch.testing.assert_close(points[0], points[1], rtol=1e-9, atol=0.0)
+
+
+def test_a_fit_in_float32_reaches_what_float32_can():
+    problem = load("Rat42")
+    model = problem.model(2).float()
+    optimizer = levenberg_marquardt(Objective(model, nn.MSELoss(reduction="sum")))
+    result = minimize(optimizer, (problem.x.float(), problem.y.float()), tolerances=Tolerances(xtol=1e-6))
+    assert result.converged
+    assert problem.digits(model.b.detach().double()) > 4
+
+
 def test_the_scaling_is_an_option_that_changes_the_step():
     moves = []
     for scaling in (CurvatureScaling(), FixedScaling(torch.tensor([1.0, 1.0], dtype=torch.float64))):
@@ -329,6 +349,8 @@ def test_slopes_give_the_digits_that_differences_of_the_objective_hide():
 
 def test_arguments_are_checked():
     objective, _ = least_squares(rosenbrock, [-1.2, 1.0])
+    with pytest.raises(TypeError, match="RadiusControl"):
+        levenberg_marquardt(objective, control=1.0)
     with pytest.raises(TypeError, match="scaling"):
         levenberg_marquardt(objective, scaling=2.0)
     with pytest.raises(TypeError, match="convention"):

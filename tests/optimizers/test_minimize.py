@@ -6,7 +6,15 @@ import pytest
 import torch
 from optimizer_cases import least_squares, rosenbrock
 
-from curvlib.optimizers import MinimizationStatus, NonFiniteLossError, Tolerances, levenberg_marquardt, minimize
+from curvlib.optimizers import (
+    BacktrackingLineSearch,
+    MinimizationStatus,
+    NonFiniteLossError,
+    Tolerances,
+    gauss_newton,
+    levenberg_marquardt,
+    minimize,
+)
 from curvlib.solvers import ConstantDamping, TrustRegion
 
 OFF = Tolerances(ftol=0.0, xtol=0.0, gtol=0.0)
@@ -89,6 +97,20 @@ def test_steps_that_are_all_rejected_are_a_stall():
     assert (result.status, result.steps, result.accepted) == (MinimizationStatus.STALLED, 4, 0)
     assert "stalled" in str(result)
     assert result.value == float(exponential(torch.ones(1)).square().sum())
+
+
+def test_a_line_search_that_finds_no_step_is_a_stall_and_no_convergence():
+    objective, batch = least_squares(rosenbrock, [-1.2, 1.0])
+    optimizer = gauss_newton(objective, step_rule=BacktrackingLineSearch(max_trials=1))
+    result = minimize(optimizer, batch, max_rejected=3)
+    assert (result.status, result.accepted, result.steps) == (MinimizationStatus.STALLED, 0, 3)
+    assert result.last.step_norm > 1
+
+
+def test_a_line_search_that_finds_no_step_at_the_minimum_has_converged():
+    objective, batch = least_squares(exponential, [1.0])
+    result = minimize(gauss_newton(objective), batch, tolerances=Tolerances(ftol=0.0, xtol=1e-10, gtol=0.0))
+    assert result.status is MinimizationStatus.STEP
 
 
 def test_it_counts_steps_and_work():
