@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 from numbers import Real
 
 import torch
@@ -17,6 +18,8 @@ from curvlib.optimizers.second_order import SecondOrderOptimizer, StepResult
 
 # A step of this ratio agrees well enough with the model for its size to say something about the minimum.
 _AGREES = 0.25
+# The difference of two values of h is rounding noise below a few units in their last place.
+_NOISE_IN_EPS = 8.0
 
 
 class MinimizationStatus(Enum):
@@ -25,22 +28,26 @@ class MinimizationStatus(Enum):
     * ``GRADIENT``: max \|g_i\| < gtol.
     * ``VALUE``: a step that agrees with its model (rho > 1/4) has lowered h by less than ftol h.
     * ``STEP``: a proposed step is shorter than xtol (xtol + \|theta\|).
+    * ``ROUNDING_FLOOR``: for ``patience`` steps neither h nor the gradient has fallen below its least so far, and the
+      model predicts changes of h below its rounding errors: the tolerances ask for more than the dtype can give.
     * ``STEP_LIMIT``: ``max_steps`` came first.
-    * ``STALLED``: ``max_rejected`` steps in a row were rejected, none of them short enough for xtol.
+    * ``STALLED``: for ``patience`` steps neither has fallen, although the model predicts that h should: all steps were
+      rejected, or a line search has found none.
     * ``STOPPED``: the caller's ``stop_when`` asked for it.
     """
 
     GRADIENT = 0
     VALUE = 1
     STEP = 2
-    STEP_LIMIT = 3
-    STALLED = 4
-    STOPPED = 5
+    ROUNDING_FLOOR = 3
+    STEP_LIMIT = 4
+    STALLED = 5
+    STOPPED = 6
 
     @property
     def converged(self) -> bool:
-        """Whether a tolerance was met."""
-        return self in (MinimizationStatus.GRADIENT, MinimizationStatus.VALUE, MinimizationStatus.STEP)
+        """Whether a tolerance was met, or the minimum is as close as the dtype allows."""
+        return self.value <= MinimizationStatus.ROUNDING_FLOOR.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +122,14 @@ class Minimization:
 
     @property
     def converged(self) -> bool:
-        """Whether a tolerance was met."""
+        """Whether a tolerance was met, or the minimum is as close as the dtype allows."""
         return self.status.converged
 
     def raise_unless_converged(self) -> Minimization:
         """Return self.
 
         Raises:
-            RuntimeError: no tolerance was met.
+            RuntimeError: it has not converged.
         """
         if not self.converged:
             raise RuntimeError(f"the minimization {self}.")
@@ -139,8 +146,9 @@ _DIAGNOSES = {
     MinimizationStatus.GRADIENT: "converged, the gradient is below gtol,",
     MinimizationStatus.VALUE: "converged, the objective changes by less than ftol,",
     MinimizationStatus.STEP: "converged, the steps are shorter than xtol,",
+    MinimizationStatus.ROUNDING_FLOOR: "converged to the rounding errors of the dtype, above the tolerances,",
     MinimizationStatus.STEP_LIMIT: "stopped at max_steps without meeting a tolerance",
-    MinimizationStatus.STALLED: "stalled, every step is rejected,",
+    MinimizationStatus.STALLED: "stalled, neither the objective nor its gradient falls,",
     MinimizationStatus.STOPPED: "was stopped by stop_when",
 }
 
@@ -151,7 +159,7 @@ def minimize(
     *,
     tolerances: Tolerances | None = None,
     max_steps: int = 1000,
-    max_rejected: int = 50,
+    patience: int = 50,
     stop_when: Callable[[StepResult], bool] | None = None,
 ) -> Minimization:
     """Take steps on one batch until a tolerance is met, and say how that ended.
@@ -164,7 +172,7 @@ def minimize(
         batch: ``(inputs, targets)``, all of the data.
         tolerances: ``Tolerances()`` by default.
         max_steps: the most steps, at least 1.
-        max_rejected: the most rejected steps in a row, at least 1.
+        patience: the most steps in a row that bring neither a lower h nor a smaller gradient, at least 1.
         stop_when: looks at each step's result; True ends the loop.
 
     Raises:
@@ -184,7 +192,7 @@ def minimize(
     tolerances = tolerances if tolerances is not None else Tolerances()
     if not isinstance(tolerances, Tolerances):
         raise TypeError(f"minimize needs tolerances to be Tolerances(...), got {tolerances!r}.")
-    for name, count in (("max_steps", max_steps), ("max_rejected", max_rejected)):
+    for name, count in (("max_steps", max_steps), ("patience", patience)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"minimize needs an integer {name} >= 1, got {count!r}.")
     objective, status, results = optimizer.objective, None, _Totals()
@@ -194,8 +202,8 @@ def minimize(
         status = tolerances.met_by(result, float(torch.linalg.vector_norm(objective.parameter_vector())))
         if status is None and stop_when is not None and stop_when(result):
             status = MinimizationStatus.STOPPED
-        if status is None and results.rejected_in_a_row >= max_rejected:
-            status = MinimizationStatus.STALLED
+        if status is None and results.without_progress >= patience:
+            status = _why_without_progress(result, objective.layout.dtype)
         if status is None and results.steps >= max_steps:
             status = MinimizationStatus.STEP_LIMIT
     evaluation = objective.at(batch, linearize=False)
@@ -213,17 +221,26 @@ def minimize(
     )
 
 
+def _why_without_progress(result: StepResult, dtype: torch.dtype) -> MinimizationStatus:
+    # The model is right about such small changes, and a difference of values of h cannot see them.
+    small = _NOISE_IN_EPS * torch.finfo(dtype).eps * abs(result.loss)
+    return MinimizationStatus.ROUNDING_FLOOR if abs(result.predicted) <= small else MinimizationStatus.STALLED
+
+
 class _Totals:
-    """Sums over the steps so far."""
+    """Sums over the steps so far, and the least values."""
 
     def __init__(self) -> None:
-        self.steps = self.accepted = self.rejected_in_a_row = 0
-        self.work = 0.0
+        self.steps = self.accepted = self.without_progress = 0
+        self.work, self._value, self._gradient_norm = 0.0, inf, inf
         self.last: StepResult | None = None
 
     def add(self, result: StepResult) -> None:
+        progress = result.loss < self._value or result.gradient_norm < self._gradient_norm
+        self.without_progress = 0 if progress else self.without_progress + 1
+        self._value = min(self._value, result.loss)
+        self._gradient_norm = min(self._gradient_norm, result.gradient_norm)
         self.steps += 1
         self.accepted += result.accepted
-        self.rejected_in_a_row = 0 if result.accepted else self.rejected_in_a_row + 1
         self.work += result.gradient_evaluations
         self.last = result

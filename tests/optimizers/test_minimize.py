@@ -93,17 +93,26 @@ def test_a_gradient_that_the_last_step_has_reached_counts():
 
 def test_steps_that_are_all_rejected_are_a_stall():
     never = TrustRegion(low=5.0, high=6.0, reject_below=5.0)
-    result = ended(OFF, control=never, max_rejected=4)
-    assert (result.status, result.steps, result.accepted) == (MinimizationStatus.STALLED, 4, 0)
+    result = ended(OFF, control=never, patience=4)
+    assert (result.status, result.steps, result.accepted) == (MinimizationStatus.STALLED, 5, 0)
     assert "stalled" in str(result)
     assert result.value == float(exponential(torch.ones(1)).square().sum())
+
+
+def test_tolerances_that_the_dtype_cannot_give_end_at_its_rounding_errors():
+    result = ended(OFF, patience=10)
+    assert result.status is MinimizationStatus.ROUNDING_FLOOR
+    assert result.converged
+    assert "rounding errors" in str(result)
+    assert result.gradient_norm < 1e-15
+    assert result.steps < 100
 
 
 def test_a_line_search_that_finds_no_step_is_a_stall_and_no_convergence():
     objective, batch = least_squares(rosenbrock, [-1.2, 1.0])
     optimizer = gauss_newton(objective, step_rule=BacktrackingLineSearch(max_trials=1))
-    result = minimize(optimizer, batch, max_rejected=3)
-    assert (result.status, result.accepted, result.steps) == (MinimizationStatus.STALLED, 0, 3)
+    result = minimize(optimizer, batch, patience=3)
+    assert (result.status, result.accepted, result.steps) == (MinimizationStatus.STALLED, 0, 4)
     assert result.last.step_norm > 1
 
 
@@ -162,7 +171,7 @@ def test_arguments_are_checked_before_anything_is_changed():
         minimize(torch.optim.SGD(objective.parameters, lr=0.1), batch)
     with pytest.raises(TypeError, match="tolerances"):
         minimize(optimizer, batch, tolerances=1e-8)
-    for name in ("max_steps", "max_rejected"):
+    for name in ("max_steps", "patience"):
         for value in (0, 2.5, True):
             with pytest.raises(ValueError, match=name):
                 minimize(optimizer, batch, **{name: value})
