@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import curvlib
 from curvlib import UnsupportedLayerError
@@ -73,18 +73,38 @@ def choices_for(
         ExperimentError: none of them applies.
     """
     chosen = tuple(_choice(evaluation, name, matrix, on_unsupported) for name in names)
-    refuse_if_none_applies(matrix, [(choice.name, choice.reason) for choice in chosen])
+    refuse_if_none_applies(matrix, chosen)
     return chosen
 
 
-def refuse_if_none_applies(matrix: str, reasons: Sequence[tuple[str, str | None]]) -> None:
+class Judged(Protocol):
+    """An approximation that may have a reason not to apply."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it does not apply."""
+
+    @property
+    def refuses_unsupported(self) -> bool:
+        """Whether another ``on_unsupported`` would be a remedy."""
+
+
+def refuse_if_none_applies(matrix: str, judged: Sequence[Judged]) -> None:
     """Raise ExperimentError, with every reason, where each approximation has one."""
-    if all(reason for _, reason in reasons):
-        told = "\n".join(f"  {name}: {reason}" for name, reason in reasons)
+    if all(one.reason for one in judged):
+        told = "\n".join(f"  {one.name}: {one.reason}" for one in judged)
+        outside = (
+            f", or give --on-unsupported {', '.join(ON_UNSUPPORTED[1:-1])} or {ON_UNSUPPORTED[-1]} for the parameters "
+            "outside every layer"
+        )
         raise ExperimentError(
             f"No approximation is left to look at: of {matrix}, for this model,\n{told}\n"
-            "Choose others with --approximation (curvlib inspect --list), another --matrix or --approximated, or "
-            f"--on-unsupported {', '.join(ON_UNSUPPORTED[1:])} for parameters outside every layer."
+            "Choose others with --approximation (curvlib inspect --list), or another --matrix or --approximated"
+            f"{outside if any(one.refuses_unsupported for one in judged) else ''}."
         )
 
 

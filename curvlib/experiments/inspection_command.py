@@ -31,7 +31,7 @@ from curvlib.experiments.inspection_work import StopInspection
 from curvlib.experiments.interruption import EXIT_INTERRUPTED, Interruption
 from curvlib.experiments.listing import approximations_table
 from curvlib.experiments.methods import METHODS, configure
-from curvlib.experiments.problems import PROBLEMS
+from curvlib.experiments.problems import PROBLEM, PROBLEMS
 from curvlib.experiments.terminal import console_of_command, device_named
 from curvlib.spectra import SpectralDensity
 
@@ -57,7 +57,8 @@ _DENSITY = SpectralDensity(steps=40, probes=8)
     "--approximation",
     "approximations",
     multiple=True,
-    help=f"Repeatable; of {', '.join(INSPECTED_APPROXIMATIONS)}.  [default: all that are not the matrix itself]",
+    help=f"One or more, such as kfac,diagonal; repeatable; of {', '.join(INSPECTED_APPROXIMATIONS)}.  [default: all "
+    "that are not the matrix itself]",
 )
 @click.option(
     "--on-unsupported",
@@ -87,7 +88,11 @@ _DENSITY = SpectralDensity(steps=40, probes=8)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier inspection in the output folder.")
 @click.option("--device", default="auto", type=click.Choice(["cpu", "cuda", "auto"]), help="Where to compute.")
 @click.option(
-    "--set", "assignments", multiple=True, metavar="OPTION=VALUE", help="Repeatable; an option of the method."
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="OPTION=VALUE",
+    help="Repeatable; an option of the method, or problem.OPTION=VALUE.",
 )
 @click.option(
     "--list",
@@ -140,12 +145,13 @@ def _list_approximations(context: click.Context, asked: bool) -> None:
 
 def _inspection(request: Mapping[str, Any]) -> Inspection:
     layers: str | None = request["layers"]
+    approximations = tuple(_parts(",".join(request["approximations"])))
     return Inspection(
         matrix=request["matrix"],
         approximated=request["approximated"],
-        approximations=request["approximations"],
+        approximations=approximations,
         on_unsupported=request["on_unsupported"],
-        layers=() if layers is None else tuple(part.strip() for part in layers.split(",") if part.strip()),
+        layers=() if layers is None else tuple(_parts(layers)),
         most=request["most"],
         estimate=request["estimate"],
         damping=request["damping"],
@@ -153,6 +159,10 @@ def _inspection(request: Mapping[str, Any]) -> Inspection:
         density=_DENSITY if request["density"] else None,
         seed=request["seed"],
     )
+
+
+def _parts(text: str) -> Iterator[str]:
+    return (part.strip() for part in text.split(",") if part.strip())
 
 
 def _subject_maker(
@@ -173,8 +183,13 @@ def _subject_maker(
             )
         function = find_function(model)
         return lambda report: own_model(model, function, request["seed"], device, check)
-    problem = PROBLEMS.get(request["problem"])
-    own = dict(_assignment(text) for text in request["assignments"])
+    # Options of the method go without its name, or with it as in ``curvlib compare``.
+    assigned = [_assignment(text) for text in request["assignments"]]
+    of_problem = {key.partition(".")[2]: value for key, value in assigned if key.startswith(f"{PROBLEM}.")}
+    problem = PROBLEMS.get(request["problem"]).with_options(of_problem)
+    own = {
+        key.removeprefix(f"{request['method']}."): value for key, value in assigned if not key.startswith(f"{PROBLEM}.")
+    }
     if request["batch_size"] is not None:
         own = {"batch_size": str(request["batch_size"]), **own}
     training = Training(
@@ -201,10 +216,11 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _how(context: click.Context, subject: Subject, inspected: Inspected, device: torch.device) -> dict[str, str]:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    matrix = INSPECTED_MATRICES.get(inspected.inspection.matrix)
     return {
         "command": _command(context),
         **subject.facts,
-        "curvature": f"{inspected.inspection.matrix} on {subject.evaluation.examples} examples",
+        "curvature": f"{matrix!r} on {subject.evaluation.examples} examples",
         "damping": f"{inspected.damping:.6g}"
         + ("" if inspected.inspection.damping is not None else ", the mean absolute eigenvalue of the exact matrix"),
         "seed": str(inspected.inspection.seed),

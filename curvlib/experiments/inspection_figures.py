@@ -53,7 +53,7 @@ def pictures_of(inspected: Inspected) -> Iterator[Picture]:
             title="eigenvalues on these layers",
             caption="The eigenvalues of the exact matrix and of each approximation, in decreasing order. Dots are the "
             "absolute values of negative ones. Below d eps max |eigenvalue|, eps of the model's dtype, they are "
-            "rounding errors: negative ones are not drawn there, and the shaded area is where that is of the exact "
+            "rounding errors, of which the negative ones are not drawn; the shaded area is that of the exact "
             "matrix.",
             png=spectra(inspected, exact),
         )
@@ -124,7 +124,9 @@ def heat_maps(panels: Sequence[tuple[str, Tensor]], selection: Selection) -> byt
     scale = Normalize(0.0, _white(first), clip=True)
     # Whole pixels for every entry, and axes that begin at whole pixels: nothing is resampled.
     zoom = max(1, MOST_PIXELS // len(first))
-    side, gap, left, right, top, bottom = zoom * len(first), 14, 62, 86, 34, 10
+    side, gap, right, top, bottom = zoom * len(first), 14, 86, 34, 10
+    # Beside the names of the layers there is the label of the axis.
+    left = max(62, 36 + 7 * max(len(_short(region.name)) for region in selection.regions))
     width, height = left + len(panels) * side + (len(panels) - 1) * gap + right, top + side + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)

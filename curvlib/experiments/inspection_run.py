@@ -15,19 +15,29 @@ from curvlib.experiments.inspection_memory import exact_products
 from curvlib.experiments.inspection_work import Report, exact_matrix_can_be_made
 
 
-def inspect_evaluation(evaluation: curvlib.Evaluation, inspection: Inspection, report: Report) -> Inspected:
+def inspect_evaluation(
+    evaluation: curvlib.Evaluation, inspection: Inspection, report: Report = lambda what, part: None
+) -> Inspected:
     """Return the exact matrix beside its approximations on a batch.
 
     Args:
         evaluation: the objective on the batch.
         inspection: what to look at.
-        report: told what is done, and the part of it that is done; may raise
+        report: told what is done, and the part of it that is done (nobody by default); may raise
             :class:`~curvlib.experiments.StopInspection`, and the approximations that are done by then are returned.
 
     Raises:
         ExperimentError: the layers are unknown or too large, no approximation applies, or the exact matrix cannot be
             made of this model.
         StopInspection: ``report`` raised it before any approximation was done.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> at = curvlib.Objective(model, nn.MSELoss()).at((torch.randn(9, 3), torch.zeros(9, 2)))
+        >>> seen = inspect_evaluation(at, Inspection(approximations=("block-diagonal",), layers=("2",)))
+        >>> seen.selection.size, seen.rows[0].error < 1e-5
+        (10, True)
     """
     work = EstimateWork if inspection.estimate else DenseWork
     return work(evaluation, inspection, prepare(evaluation, inspection), report).run()

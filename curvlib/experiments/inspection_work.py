@@ -105,7 +105,7 @@ class Work(ABC):
             if not any(row.reason is None for row in rows):
                 raise
         interrupted = tuple(choice.name for choice in self._choices[len(rows) :])
-        refuse_if_none_applies(self.inspection.of, [(row.name, row.reason) for row in rows])
+        refuse_if_none_applies(self.inspection.of, rows)
         return Inspected(
             inspection=self.inspection,
             selection=self.selection,

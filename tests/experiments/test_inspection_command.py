@@ -48,7 +48,7 @@ def pixels(png):
 
 def test_everything_is_written_and_the_page_needs_no_other_file(tmp_path):
     output = tmp_path / "out"
-    outcome = inspect(output, *SMALL, "--approximation", "kfac", "--approximation", "kfac-reduce", "--inverse")
+    outcome = inspect(output, *SMALL, "--approximation", "kfac,kfac-reduce", "--inverse")
     assert outcome.exit_code == 0, outcome.output
     names = {"matrix-kfac.png", "inverse-kfac.png", "spectra.png", "density.png"}
     assert {path.name for path in output.iterdir()} == {*names, "report.html", "inspection.json"}
@@ -120,6 +120,27 @@ def test_a_problem_is_trained_for_the_steps_that_were_asked():
     assert not torch.allclose(parameters[4], parameters[1])
 
 
+def test_options_of_the_problem_and_of_the_method_by_its_name(tmp_path):
+    words = (
+        "--problem",
+        "rowwise-digits-rnn",
+        "--steps",
+        0,
+        "--examples",
+        9,
+        "--no-density",
+        "--approximation",
+        "kfac",
+    )
+    outcome = inspect(tmp_path / "a", *words, "--set", "problem.units=3", "--set", "kfac.damping=0.5")
+    assert outcome.exit_code == 0, outcome.output
+    assert numbers(tmp_path / "a")["parameters"] == 3 * 8 + 3 * 3 + 2 * 3 + 3 * 10 + 10
+    assert "--set problem.units=3 --set kfac.damping=0.5" in numbers(tmp_path / "a")["how"]["command"]
+    outcome = inspect(tmp_path / "b", *words, "--set", "problem.width=3")
+    assert outcome.exit_code == 2
+    assert "problem.width" in outcome.output
+
+
 def test_a_training_that_diverges_is_an_error():
     problem = PROBLEMS.get("digits-small-classifier")
     training = Training(
@@ -154,17 +175,29 @@ def test_earlier_inspections_and_foreign_files_are_kept(tmp_path):
 def test_a_model_of_ones_own(tmp_path, monkeypatch):
     own(tmp_path, monkeypatch, "own_models_a")
     outcome = inspect(
-        tmp_path / "out", "--model", "own_models_a:tiny", "--damping", 0.1, "--matrix", "empirical-fisher"
+        tmp_path / "out",
+        "--model",
+        "own_models_a:tiny",
+        "--damping",
+        0.1,
+        "--matrix",
+        "empirical-fisher",
+        "--approximation",
+        "kfac",
+        "--approximation",
+        "low-rank-blocks",
     )
     assert outcome.exit_code == 0, outcome.output
     told = numbers(tmp_path / "out")
     assert told["parameters"] == 43
     assert told["matrix"] == "empirical-fisher"
     assert "Sequential with 43 parameters" in told["how"]["model"]
+    assert told["how"]["curvature"] == "EmpiricalFisher() on 9 examples"
     words = ("inspect", "--model", "own_models_a:unsupported", "--approximation", "kfac")
     outcome = call(*words)
     assert outcome.exit_code == 2
     assert "kfac: KFAC has no layer rule for 1 parameter(s): 1.factor" in outcome.output
+    assert "or give --on-unsupported diagonal, dense or exclude" in re.sub(r"\s+", " ", outcome.output)
     assert not (tmp_path / "results").exists()
     outcome = call(*words, "--approximation", "identity")
     assert outcome.exit_code == 0, outcome.output
