@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from optimizer_cases import least_squares, rosenbrock
+from torch import nn
 
+from benchmarks.nist_problems import load
+from curvlib import Objective
 from curvlib.optimizers import (
     BacktrackingLineSearch,
     MinimizationStatus,
@@ -100,12 +103,22 @@ def test_steps_that_are_all_rejected_are_a_stall():
 
 
 def test_tolerances_that_the_dtype_cannot_give_end_at_its_rounding_errors():
-    result = ended(OFF, patience=10)
+    result = ended(OFF, patience=3)
     assert result.status is MinimizationStatus.ROUNDING_FLOOR
     assert result.converged
     assert "rounding errors" in str(result)
     assert result.gradient_norm < 1e-15
     assert result.steps < 100
+
+
+def test_a_gradient_that_still_falls_is_progress_where_the_objective_does_not():
+    problem = load("ENSO")
+    model = problem.model(2)
+    optimizer = levenberg_marquardt(Objective(model, nn.MSELoss(reduction="sum")))
+    result = minimize(optimizer, (problem.x, problem.y), tolerances=OFF, patience=8)
+    assert result.status is MinimizationStatus.ROUNDING_FLOOR
+    assert result.gradient_norm < 1e-9
+    assert problem.digits(model.b.detach()) > 10
 
 
 def test_a_line_search_that_finds_no_step_is_a_stall_and_no_convergence():

@@ -35,7 +35,8 @@ def test_all_certified_digits_of_the_harder_problems_and_no_fewer_than_scipy(nam
     assert result.converged
     assert fit.digits >= ALL_DIGITS
     assert result.value == pytest.approx(problem.residual_sum, rel=1e-9)
-    assert fit.digits >= min(best_of_scipy(problem, start).digits, ALL_DIGITS)
+    # Where both have all digits, their errors are the rounding of the certified values, up to a twentieth of a digit.
+    assert fit.digits >= best_of_scipy(problem, start).digits - 0.05
 
 
 @pytest.mark.parametrize("start", [1, 2])
