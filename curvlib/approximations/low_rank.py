@@ -125,6 +125,11 @@ class LowRank(Approximation):
         if self.diagonal is not None and isinstance(self.method, FullRank):
             raise ValueError(f"FullRank leaves out nothing: leave diagonal out, got {self.diagonal!r}.")
 
+    @property
+    def takes_products(self) -> bool:
+        """Whether a matrix that gives products only takes one a parameter: for the exact diagonal of the rest."""
+        return isinstance(self.diagonal, Remainder)
+
     def estimate(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> LinearOperator:
         """Return the low-rank operator of one batch.
 

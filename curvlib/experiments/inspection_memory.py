@@ -98,7 +98,7 @@ def check_cost(approximation: Approximation, evaluation: curvlib.Evaluation) -> 
 def exact_products(approximation: Approximation, evaluation: curvlib.Evaluation) -> int:
     """Return how many products with the exact matrix an approximation takes that needs one for each parameter, else 0.
 
-    That are the dense matrix, and the exact blocks of a matrix which gives products only.
+    That are the dense matrix, and the exact blocks or diagonal of a matrix which gives products only.
     """
     matrix = getattr(approximation, "matrix", None)
     by_products = getattr(approximation, "takes_products", False) and not getattr(matrix, "has_vectors", True)

@@ -249,8 +249,8 @@ def test_nothing_left_to_look_at_is_an_error_before_the_work():
 
 def test_one_product_for_each_parameter_is_refused_for_large_models(monkeypatch):
     monkeypatch.setattr(inspection_memory, "_MOST_PRODUCTS", 42)
-    names = ("dense", "diagonal", "hutchinson-diagonal")
-    for matrix, refused in (("hessian", names[:2]), ("ggn", names[:1])):
+    names = ("dense", "diagonal", "low-rank", "hutchinson-diagonal")
+    for matrix, refused in (("hessian", names[:3]), ("ggn", names[:1])):
         seen = looked_at(matrix=matrix, approximations=names)
         assert tuple(row.name for row in seen.rows if "43 products" in (row.reason or "")) == refused
     monkeypatch.setattr(inspection_memory, "_MOST_PRODUCTS", 43)
