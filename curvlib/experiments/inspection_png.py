@@ -8,18 +8,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 DPI = 100
-# Colours of a figure: few, so that files are small, and no curve in the colour of another one.
-_COLOURS = 256
 
 
 def png_of(figure: Figure, palette: Image.Image | None = None) -> bytes:
-    """Return the figure in few colours, those of the palette where one is given."""
+    """Return the figure, in the colours of the palette alone where one is given, for a smaller file."""
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png", dpi=DPI)
     raw.seek(0)
     with Image.open(raw) as image:
-        few = image.convert("RGB").quantize(
-            _COLOURS, Image.Quantize.MAXCOVERAGE, palette=palette, dither=Image.Dither.NONE
-        )
-        few.save(small, format="png", optimize=True)
+        colours = image.convert("RGB")
+        if palette is not None:
+            colours = colours.quantize(palette=palette, dither=Image.Dither.NONE)
+        colours.save(small, format="png", optimize=True)
     return small.getvalue()
