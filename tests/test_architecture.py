@@ -19,7 +19,7 @@ ALLOWED = {
     "approximations": {"extensions", "matrices", "objective", "operators", "output_losses"},
     "solvers": {"operators"},
     "spectra": {"operators", "solvers"},
-    "optimizers": {"approximations", "matrices", "objective", "operators", "output_losses", "solvers"},
+    "optimizers": {"approximations", "matrices", "objective", "operators", "output_losses", "solvers", "spectra"},
     "experiments": {"", "approximations", "operators", "optimizers", "output_losses", "solvers", "spectra"},
     "testing": {"", "approximations", "extensions", "objective", "operators", "output_losses", "solvers"},
 }

@@ -5,6 +5,7 @@ from curvlib.optimizers.layer_damping import LayerDamping, SolverForModel
 from curvlib.optimizers.minimize import Minimization, MinimizationStatus, Tolerances, minimize
 from curvlib.optimizers.model_descent import ModelDescent
 from curvlib.optimizers.norm_constraint import NormConstraint
+from curvlib.optimizers.preconditioner import Preconditioner
 from curvlib.optimizers.presets import gauss_newton, hessian_free, kfac, levenberg_marquardt, newton_trust_region
 from curvlib.optimizers.proposal import Direction, DirectionState, Proposal
 from curvlib.optimizers.scaling import CurvatureScaling, FixedScaling, Scaling, in_scaled_parameters
@@ -28,6 +29,7 @@ __all__ = [
     "NonFiniteLossError",
     "NormConstraint",
     "PreconditionedGradient",
+    "Preconditioner",
     "Proposal",
     "Scaling",
     "SecondOrderOptimizer",

@@ -44,7 +44,7 @@ class ModelDescent(Direction):
         curvature: any approximation, estimated anew at each step; ``Exact(Hessian())`` and ``Dense(Hessian())`` for
             Newton's method. ``LBFGS()``, also in sums, learns from each step that is taken.
         descent: ``Steihaug()``, ``Dogleg()``, ``MoreSorensen()``, ``TwoDimensionalSubspace()`` or ``DampedNewton()``.
-        fraction: part of the batch that the curvature is made of.
+        fraction: part of the batch that the curvature is made of, where the step has no curvature batch.
         decay: of the moving average of a curvature's statistics over steps; 0 takes those of the step alone.
         scaling: ``CurvatureScaling()`` or ``FixedScaling(values)`` for parameters of different sizes; None is S = I.
 
@@ -86,6 +86,11 @@ class ModelDescent(Direction):
     def has_radius(self) -> bool:
         """Whether the descent keeps to a radius."""
         return self.descent.has_radius
+
+    @property
+    def takes_curvature_batch(self) -> bool:
+        """The curvature may be of a batch of its own."""
+        return True
 
     def start(self, objective: Objective) -> DirectionState:
         """Return the state before the first step."""
@@ -151,7 +156,7 @@ class _ModelDescentState(DirectionState):
 
     def _operator(self, situation: Situation) -> LinearOperator:
         if self._average is None:
-            evaluation = situation.part(self._config.fraction, linearize=True)
+            evaluation = situation.curvature_part(self._config.fraction, linearize=True)
             return self._config.curvature.estimate(evaluation, situation.generator)
         self._evaluation = situation.evaluation
         take_statistics(self._average, situation, self._config.fraction)

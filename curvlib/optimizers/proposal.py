@@ -98,6 +98,11 @@ class Direction(ABC):
         """Whether its steps keep to the radius of the situation, and need one. Default: they do not."""
         return False
 
+    @property
+    def takes_curvature_batch(self) -> bool:
+        """Whether it asks for :meth:`Situation.curvature_part`, which may be a batch of its own. Default: no."""
+        return False
+
     @abstractmethod
     def start(self, objective: Objective) -> DirectionState:
         """Return the state before the first step.
@@ -174,7 +179,7 @@ def take_statistics(average: RunningAverage, situation: Situation, fraction: flo
     """Let the average take in the statistics of a part of the batch; warn where they are not finite and left out."""
     if not average.reads_batches:
         return
-    evaluation = situation.part(fraction, linearize=False)
+    evaluation = situation.curvature_part(fraction, linearize=False)
     if not average.update(evaluation, situation.generator):
         warnings.warn(
             f"the statistics of a batch were not finite and were left out ({average.skipped} so far)",

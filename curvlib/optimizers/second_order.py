@@ -121,6 +121,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.ratio = ratio if ratio is not None else DampedRatio()
         self._direction = direction.start(objective)
         self._direction.description = direction.description()
+        self._takes_curvature_batch = direction.takes_curvature_batch
         # A control that starts on the scale of curvature or parameters starts with the first batch.
         late = self.control.starts_with_a_batch
         self._state: ControlState | None = None if late else self.control.start()
@@ -137,20 +138,34 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Delta of the next step; None where there is no trust region."""
         return None if self._state is None or self._state.radius is None else self._state.radius.radius
 
-    def step(self, batch: Batch) -> StepResult:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, batch: Batch, *, curvature_batch: Batch | None = None
+    ) -> StepResult:
         """Take one step on a batch ``(inputs, targets)`` and return what it did.
 
+        Args:
+            batch: of h, of its gradient, and of every value that the step is judged by.
+            curvature_batch: of the curvature that the direction is made with, in place of the direction's fraction of
+                the batch, such as a small batch beside all data for h and the gradient (Martens 2010, sec. 4.4). The
+                model in the reduction ratio is that of the direction; a step rule's own model stays on the batch.
+
         Raises:
+            ValueError: the direction takes no curvature batch, or it does not fit a loss that is a sum.
             NonFiniteLossError: the objective or its gradient is NaN or infinite; parameters and state are unchanged.
             SolveError: the curvature could not be inverted.
         """
+        if curvature_batch is not None and not self._takes_curvature_batch:
+            raise ValueError(
+                f"step(curvature_batch=...): {self._direction.description} makes no curvature of a batch of its own; "
+                "leave it out, or use TruncatedNewton, PreconditionedGradient or ModelDescent."
+            )
         evaluation = self.objective.at(batch)
         with full_precision(self.objective.layout.device):
             gradient, largest = self._finite_gradient(evaluation)
             if largest == 0.0:
                 return self._stationary(evaluation)
             situation = Situation(self.objective, batch, evaluation, gradient, 0.0, self._generator)
-            situation.gradient_norm = largest
+            situation.gradient_norm, situation.curvature_batch = largest, curvature_batch
             state = self._state if self._state is not None else self._started(situation)
             situation.damping = state.damping.damping
             situation.radius = inf if state.radius is None else state.radius.radius

@@ -29,8 +29,9 @@ class Situation:
         evaluation: the objective on the whole batch.
         gradient: g (D,).
         damping: lambda of this step.
-        radius: Delta of this step, infinite where there is none.
         generator: where random choices come from.
+        radius: Delta of this step, infinite where there is none.
+        curvature_batch: the batch that the curvature is to be made of, None for parts of the step's batch.
         gradient_norm: the largest entry of g, by size.
     """
 
@@ -42,7 +43,42 @@ class Situation:
     generator: torch.Generator
     radius: float = inf
     gradient_norm: float = 0.0
+    curvature_batch: Batch | None = None
     _parts: list[Evaluation] = field(default_factory=list)
+    _curvature_parts: dict[float, Evaluation] = field(default_factory=dict)
+
+    def curvature_part(self, fraction: float, *, linearize: bool) -> Evaluation:
+        """Return the objective on the examples that the curvature is made of, once drawn the same for all who ask.
+
+        The step's curvature batch, all of it, where there is one; otherwise :meth:`part`.
+
+        Args:
+            fraction: the part of the step's batch where there is no curvature batch.
+            linearize: whether exact products are going to be asked for.
+
+        Raises:
+            ValueError: the loss is a sum, and the curvature batch has another number of examples than the batch.
+        """
+        key = fraction if self.curvature_batch is None else inf
+        if key not in self._curvature_parts:
+            self._curvature_parts[key] = (
+                self.part(fraction, linearize=linearize)
+                if self.curvature_batch is None
+                else self._own(self.curvature_batch, linearize)
+            )
+        return self._curvature_parts[key]
+
+    def _own(self, batch: Batch, linearize: bool) -> Evaluation:
+        with self.evaluation.same_precision():
+            own = self.objective.at(batch, linearize=linearize)
+        if self.objective.loss.additive and own.examples != self.evaluation.examples:
+            raise ValueError(
+                f"a curvature_batch of {own.examples} examples does not go with a batch of {self.evaluation.examples} "
+                "for a loss with reduction='sum', whose scale depends on the number of examples: use reduction='mean', "
+                "or batches of one size."
+            )
+        self._parts.append(own)
+        return own
 
     def part(self, fraction: float, *, linearize: bool) -> Evaluation:
         """Return the objective on a random part of the batch.

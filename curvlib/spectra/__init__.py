@@ -4,6 +4,7 @@ By structure:
 
 ==========================  ==================================================================================
 :func:`matrix_power`        (C + damping I)^p for real p; :func:`matrix_sqrt` for p = 1/2
+:class:`DampedPower`        (C + damping I)^-alpha as a solver, for preconditioners
 :func:`matrix_function`     f(C) for any function of the eigenvalues
 :func:`sample`              draws of N(0, C + damping I)
 :func:`sample_inverse`      draws of N(0, (C + damping I)^-1)
@@ -30,7 +31,7 @@ from curvlib.spectra.estimate import Estimate
 from curvlib.spectra.function import NoStructureError, matrix_function
 from curvlib.spectra.lanczos import Eigenpairs, Lanczos
 from curvlib.spectra.measure import Quadrature, SpectralMeasure
-from curvlib.spectra.power import matrix_power, matrix_sqrt
+from curvlib.spectra.power import DampedPower, matrix_power, matrix_sqrt
 from curvlib.spectra.probes import Normal, ProbeDistribution, Rademacher, Sphere
 from curvlib.spectra.sampling import sample, sample_inverse
 from curvlib.spectra.trace import Hutchinson, HutchPlusPlus, SquaredFrobenius, TraceEstimator, XTrace
@@ -38,6 +39,7 @@ from curvlib.spectra.trace import Hutchinson, HutchPlusPlus, SquaredFrobenius, T
 __all__ = [
     "BKSDiagonal",
     "BothEnds",
+    "DampedPower",
     "DiagonalEstimator",
     "Eigenpairs",
     "Estimate",

@@ -71,6 +71,36 @@ def matrix_sqrt(operator: LinearOperator, damping: float = 0.0) -> LinearOperato
     return matrix_power(operator, 0.5, damping)
 
 
+@dataclass(frozen=True)
+class DampedPower:
+    r"""The solver that gives a power of the damped inverse, (C + lambda I)^-alpha: see :func:`matrix_power`.
+
+    Between the identity and the inverse: a preconditioner for matrices that are known roughly, such as a diagonal,
+    whose large and small entries the inverse would trust too much (Martens 2010, section 4.7: alpha = 0.75).
+
+    Args:
+        power: alpha, any finite number.
+
+    Example:
+        >>> from curvlib.operators import Diagonal
+        >>> DampedPower(0.5)(Diagonal(torch.tensor([3.0, 8.0])), 1.0).diagonal()
+        tensor([0.5000, 0.3333])
+    """
+
+    power: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "power", check_finite_number("DampedPower", "power", self.power))
+
+    def __call__(self, operator: LinearOperator, damping: float) -> LinearOperator:
+        """Return (C + damping I)^-power.
+
+        Raises:
+            NoStructureError, SolveError, ValueError: as :func:`matrix_power`.
+        """
+        return matrix_power(operator, -self.power, damping)
+
+
 @dataclass(frozen=True, eq=False)
 class _Power:
     """e -> (e + damping)^p, with errors that say which eigenvalue stands against it."""

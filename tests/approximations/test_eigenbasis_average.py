@@ -154,7 +154,7 @@ def classifier_training(curvature, steps, optimizer_state=None):
 def test_the_preset_trains_with_it_and_renews_the_inverse_at_each_step():
     optimizer, losses, batch = classifier_training(EKFAC(Fisher(), basis_every=5), 25)
     assert losses[-1] < 0.6 * losses[0]
-    state = optimizer._direction
+    state = optimizer._direction._state
     assert isinstance(state._average, EigenbasisAverage)
     before = state._operator
     optimizer.step(batch)

@@ -157,7 +157,7 @@ def test_statistics_that_come_rarely_decay_by_the_steps_between():
         PreconditionedGradient(curvature=KFAC(GGN()), decay=0.5, statistics_every=every, fraction=1.0)
         for every in (1, 3)
     ]
-    assert [direction.start(objective)._average.decay for direction in directions] == [0.5, 0.125]
+    assert [direction.start(objective)._state._average.decay for direction in directions] == [0.5, 0.125]
 
 
 @pytest.mark.parametrize(
