@@ -39,6 +39,7 @@ from curvlib.approximations import (
 )
 from curvlib.experiments.errors import ExperimentError
 from curvlib.experiments.registry import Registry
+from curvlib.optimizers import Preconditioner
 
 MATRICES: Registry[Any] = Registry("curvature matrix")
 MATRICES.register("ggn", GGN())
@@ -85,6 +86,14 @@ _register("low-rank-estimated", partial(LowRank, method=RandomizedSketch(rank=20
 _register("low-rank-nystrom", partial(LowRank, method=Nystrom(rank=20)))
 _register("low-rank-lanczos", partial(LowRank, method=LanczosTruncation(rank=20)))
 _register("full-rank", LowRank)
+
+# Of conjugate gradients on an exact matrix. Ten drawn labels an example: with one, the noise of the factors costs more
+# iterations than the draws save (benchmarks/README.md).
+PRECONDITIONERS: Registry[Approximation | Preconditioner | None] = Registry("preconditioner")
+PRECONDITIONERS.register("none", None)
+PRECONDITIONERS.register("diagonal", Preconditioner.martens())
+PRECONDITIONERS.register("kfac", KFAC(Fisher(samples=10)))
+PRECONDITIONERS.register("ekfac", EKFAC(Fisher(samples=10)))
 
 
 @dataclass(frozen=True, kw_only=True)

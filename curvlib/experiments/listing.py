@@ -54,7 +54,7 @@ def methods_table(problem: Problem) -> Table:
         table.add_row(f"[bold]{name}[/bold]", "", f"[bold]{method.description}[/bold]")
         for entry in options_of(method):
             value = getattr(configured, entry.name)
-            shown = AUTOMATIC if value is None else f"{value:g}"
+            shown = AUTOMATIC if value is None else value if isinstance(value, str) else f"{value:g}"
             table.add_row(f"{name}.{entry.name}", shown, f"{entry.explanation} ({entry.expectation})")
         table.add_section()
     return table

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,12 +16,13 @@ from torch import nn
 
 import curvlib
 from curvlib.approximations import Approximation, StructuralDamping
-from curvlib.experiments.curvatures import Curvature, CurvatureChoice
+from curvlib.experiments.curvatures import PRECONDITIONERS, Curvature, CurvatureChoice
 from curvlib.experiments.errors import ExperimentError
-from curvlib.experiments.options import Bounds, check_options, option, options_of
+from curvlib.experiments.options import Bounds, Choices, check_options, option, options_of
 from curvlib.experiments.problems import PROBLEM, Problem
 from curvlib.experiments.registry import Registry
 from curvlib.experiments.trainers import ClosureTrainer, GradientTrainer, SecondOrderTrainer, Trainer
+from curvlib.solvers import DampingControl, LevenbergMarquardt, ProgressTest, RelativeStart, StoppingRule
 
 _COUNT = Bounds(at_least=1)
 _POSITIVE = Bounds(above=0)
@@ -206,6 +207,28 @@ class KFACMethod(SecondOrderMethod):
         return SecondOrderTrainer(optimizer)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """When Hessian-free optimisation ends a solve, and how its damping moves.
+
+    Args:
+        stop: of the conjugate gradients; None: the preset's.
+        damping: (the first lambda or None) -> what the preset takes.
+    """
+
+    stop: StoppingRule | None
+    damping: Callable[[float | None], float | DampingControl | None]
+
+
+def _damping_of_martens(first: float | None) -> DampingControl:
+    return LevenbergMarquardt.martens(initial=RelativeStart(0.3) if first is None else first)
+
+
+RULES: Registry[Rules] = Registry("set of rules")
+RULES.register("short", Rules(None, lambda first: first))
+RULES.register("martens", Rules(ProgressTest(), _damping_of_martens))
+
+
 @dataclass(frozen=True, kw_only=True)
 class HessianFree(SecondOrderMethod):
     """Hessian-free optimisation (Martens 2010), with structural damping if asked for (Martens & Sutskever 2011).
@@ -224,6 +247,10 @@ class HessianFree(SecondOrderMethod):
     damping: float | None = option(None, "first damping; auto: on the curvature's scale", _POSITIVE)
     curvature_fraction: float = option(1.0, "part of the batch for the curvature", _PART)
     cg_iterations: int = option(250, "conjugate gradients a step at most", _COUNT)
+    preconditioner: str = option("none", "of the conjugate gradients", Choices(tuple(PRECONDITIONERS)))
+    rules: str = option(
+        "short", "of the ends of solves and of the damping: the preset's or Martens's", Choices(tuple(RULES))
+    )
     structural_weight: float = option(0.0, "of structural damping, for recurrent networks; 0: none", Bounds(at_least=0))
 
     def check(self, model: nn.Module, loss: nn.Module) -> None:
@@ -244,10 +271,13 @@ class HessianFree(SecondOrderMethod):
 
     def start(self, model: nn.Module, loss: nn.Module, l2: float, seed: int) -> Trainer:
         """Return the trainer."""
+        rules = RULES.get(self.rules)
         optimizer = curvlib.optimizers.hessian_free(
             curvlib.Objective(model, loss, l2=l2),
             curvature=self._approximation,
-            damping=self.damping,
+            damping=rules.damping(self.damping),
+            stop=rules.stop,
+            preconditioner=PRECONDITIONERS.get(self.preconditioner),
             structural_damping=self._structure,
             # not looked at where there is none, and the preset takes no 0
             structural_weight=self.structural_weight or 1.0,

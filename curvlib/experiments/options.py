@@ -10,7 +10,7 @@ from typing import Any
 
 from curvlib.experiments.errors import ExperimentError
 
-Value = int | float | None
+Value = int | float | str | None
 
 # How a text asks for None, where an option may leave its value to the method.
 AUTOMATIC = "auto"
@@ -47,13 +47,34 @@ class Bounds:
         return " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Words that an option may be.
+
+    Args:
+        words: all of them.
+    """
+
+    words: tuple[str, ...]
+
+    def contain(self, value: str) -> bool:
+        """Whether a word is one of them."""
+        return value in self.words
+
+    def __str__(self) -> str:
+        return "of " + ", ".join(self.words)
+
+
+_KINDS: dict[type, str] = {int: "an integer", float: "a finite number", str: "one"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
     """What there is to know about one option.
 
     Args:
         name: of the field.
-        kind: int or float.
+        kind: int, float or str.
         default: value when nothing is said.
         explanation: a few words.
         bounds: values that it may take.
@@ -61,17 +82,19 @@ class Option:
     """
 
     name: str
-    kind: type[int] | type[float]
+    kind: type[int] | type[float] | type[str]
     default: Value
     explanation: str
-    bounds: Bounds
+    bounds: Bounds | Choices
     automatic: bool = False
 
     def check(self, owner: str, value: Any) -> None:
         """Refuse a value of another type or out of bounds, by name."""
         if self.automatic and value is None:
             return
-        right_type = isinstance(value, (int, float) if self.kind is float else int) and not isinstance(value, bool)
+        right_type = isinstance(value, (int, float) if self.kind is float else self.kind) and not isinstance(
+            value, bool
+        )
         if not right_type or not self.bounds.contain(value):
             raise ExperimentError(f"{owner}.{self.name} must be {self.expectation}, got {value!r}.")
 
@@ -87,11 +110,10 @@ class Option:
     @property
     def expectation(self) -> str:
         """What the option may be, in words."""
-        kind = "an integer" if self.kind is int else "a finite number"
-        return f"{kind} {self.bounds}".rstrip() + (f" or {AUTOMATIC}" if self.automatic else "")
+        return f"{_KINDS[self.kind]} {self.bounds}".rstrip() + (f" or {AUTOMATIC}" if self.automatic else "")
 
 
-def option(default: Value, explanation: str, bounds: Bounds) -> Any:
+def option(default: Value, explanation: str, bounds: Bounds | Choices) -> Any:
     """Declare a dataclass field that is an option.
 
     Args:

@@ -98,7 +98,7 @@ class Problem:
     network: Network
     l2: float = 1e-5
     evaluated_examples: int = 5000
-    settings: Mapping[str, Mapping[str, int | float]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, int | float | str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.l2 < 0:
@@ -253,6 +253,27 @@ register_problem(
         task=Reconstruction(),
         network=FullyConnected(
             widths=(784, 1000, 500, 250, 30, 250, 500, 1000, 784), activation=nn.Tanh, linear_layers=(4,)
+        ),
+        settings={
+            "kfac": {"batch_size": 1000},
+            "hessian-free": {"curvature_fraction": 0.2},
+            "sgd": {"lr": 0.003},
+            "lbfgs": {"batch_size": 5000},
+        },
+    )
+)
+register_problem(
+    Problem(
+        # units and initialisation of Martens (2010), whose layers mnist-autoencoder has with tanh
+        name="mnist-logistic-autoencoder",
+        description="Compress 28x28 digits to 30 numbers and back, by logistic units from sparse weights",
+        source=MNIST(),
+        task=Reconstruction(),
+        network=FullyConnected(
+            widths=(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+            activation=nn.Sigmoid,
+            initialise=sparse,
+            linear_layers=(4,),
         ),
         settings={
             "kfac": {"batch_size": 1000},

@@ -71,6 +71,7 @@ register_problem(
             **_LARGE,
             # The weight of Martens & Sutskever (2011) is 1/30: slower, see the benchmarks.
             "hessian-free": {
+                "rules": "martens",
                 "batch_size": 2000,
                 "curvature_fraction": 0.1,
                 "damping": 0.1,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from curvlib import GGN, EmpiricalFisher
-from curvlib.approximations import Diagonal, Exact, Identity
+from curvlib import GGN, EmpiricalFisher, Fisher
+from curvlib.approximations import KFAC, Diagonal, Exact, Identity
 from curvlib.experiments import (
     METHODS,
     PROBLEMS,
@@ -32,6 +32,7 @@ from curvlib.experiments.images import Images
 from curvlib.experiments.networks import glorot, kaiming, sparse
 from curvlib.experiments.options import options_of
 from curvlib.experiments.tasks import Accuracy, Classification, Reconstruction, SquaredErrorPerImage
+from curvlib.optimizers import Preconditioner
 
 DIGITS = PROBLEMS.get("digits-autoencoder")
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_order_changes_with_the_seed_and_the_epoch():
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_option_can_be_set_and_is_checked(name):
     for entry in options_of(METHODS.get(name)):
-        changed = 7 if entry.kind is int else 0.123
+        changed = {int: 7, float: 0.123, str: str(entry.bounds).split(", ")[-1]}[entry.kind]
         assert getattr(configure(name, DIGITS, {entry.name: str(changed)}), entry.name) == changed
         for wrong in ("fast", "nan", "-1", "1.5" if entry.kind is int else "inf", ""):
             with pytest.raises(ExperimentError, match=rf"{name}\.{entry.name} must be {entry.expectation}"):
@@ -212,3 +213,20 @@ def test_options_that_may_be_left_to_the_method():
         configure("kfac", digits, {"damping": "much"})
     with pytest.raises(ExperimentError, match=r"adam\.lr must be a finite number above 0, got 'auto'"):
         configure("adam", digits, {"lr": "auto"})
+
+
+def test_hessian_free_takes_preconditioners_and_rules_by_name():
+    model = nn.Sequential(nn.Linear(64, 3), nn.Sigmoid(), nn.Linear(3, 64))
+    made = {}
+    for words in ({}, {"preconditioner": "kfac"}, {"preconditioner": "diagonal"}, {"rules": "martens"}):
+        method = configure("hessian-free", DIGITS, words)
+        direction = method.start(model, nn.BCEWithLogitsLoss(), 0.0, 0)._optimizer._direction
+        made[tuple(words.values())] = direction._config
+    assert made[()].preconditioner is None
+    assert made[("kfac",)].preconditioner == KFAC(Fisher(samples=10))
+    assert made[("diagonal",)].preconditioner == Preconditioner.martens()
+    assert str(made[()].cg.stop) == "progress below 5e-02 an iteration"
+    assert str(made[("martens",)].cg.stop) == "progress below 5e-04 an iteration"
+    for words in ({"preconditioner": "kfca"}, {"rules": "auto"}, {"preconditioner": ""}):
+        with pytest.raises(ExperimentError, match=r"hessian-free\.\w+ must be one of (none, diagonal|short, martens)"):
+            configure("hessian-free", DIGITS, words)
