@@ -206,6 +206,9 @@ def _(operator: LowRank, damping: float) -> LinearOperator:
     if not all(bool(part.isfinite().all()) for part in (operator.factor, operator.weights, operator.diagonal_part)):
         raise SolveError(f"{operator!r} holds entries that are not finite: skip this update.")
     E = operator.diagonal_part.double() + damping
+    if operator.size <= operator.factor.shape[1] and operator.size <= LARGEST_DENSE:
+        # There is no complement whose 1 / lambda would hide what the difference loses.
+        return _inverse(Dense(operator.to_dense()), damping)
     if not bool((E > 0.0).all()):
         return _inverse(_dense_if_rank_covers(operator, E), damping)
     s, Q = operator.orthogonal_form(E)

@@ -38,8 +38,8 @@ def eigendecompose(operator: LinearOperator) -> LinearOperator:
 
     Dense and Kronecker become :class:`KroneckerEigen`, KroneckerStack :class:`KroneckerEigenStack`; Diagonal, Identity
     and these two stay; Scaled, Shifted, Sum and BlockDiagonal hand on; any other operator is made dense first (D
-    products, D^3 operations). LowRank stays, since its Woodbury inverse costs O(D r^2) with any damping. Eigenvalues at
-    rounding level are set to 0.
+    products, D^3 operations). LowRank with r < D stays, since its Woodbury inverse costs O(D r^2) with any damping.
+    Eigenvalues at rounding level are set to 0.
 
     Args:
         operator: C, symmetric, of any definiteness.
@@ -80,9 +80,14 @@ eigendecompose.dispatch = _eigen.dispatch  # type: ignore[attr-defined]
 @_eigen.register(Diagonal)
 @_eigen.register(KroneckerEigen)
 @_eigen.register(KroneckerEigenStack)
-@_eigen.register(LowRank)
 def _(operator: LinearOperator) -> LinearOperator:
     return operator
+
+
+@_eigen.register
+def _(operator: LowRank) -> LinearOperator:
+    covers = operator.size <= min(operator.factor.shape[1], LARGEST_DENSE)
+    return _eigen(Dense(operator.to_dense())) if covers else operator
 
 
 @_eigen.register

@@ -141,12 +141,17 @@ def test_eigendecompose_of_an_indefinite_operator_keeps_its_sign(case, device, s
         ("kronecker_of_any", KroneckerEigen),
         ("kronecker_stack", KroneckerEigenStack),
         ("kronecker_eigen_stack", KroneckerEigenStack),
-        ("low_rank", LowRank),
+        ("low_rank", KroneckerEigen),  # of full rank
         ("matrix_free", KroneckerEigen),
     ],
 )
 def test_eigendecompose_keeps_the_structure_in_which_a_new_damping_is_cheap(name, expected):
     assert type(eigendecompose(CASES[name](draw(2, CPU))[0])) is expected
+
+
+def test_eigendecompose_leaves_a_low_rank_that_does_not_cover_the_space():
+    C = LowRank(*(torch.ones(shape, dtype=torch.float64) for shape in ((4, 2), 2, 4)))
+    assert eigendecompose(C) is C
 
 
 def test_structures_of_inverses():
