@@ -90,7 +90,7 @@ def test_lists_of_problems_and_methods_are_not_cut_short(width):
         for method, cls in METHODS.items():
             for entry in options_of(cls):
                 value = getattr(configure(method, problem, {}), entry.name)
-                shown = "auto" if value is None else f"{value:g}"
+                shown = "auto" if value is None else value if isinstance(value, str) else f"{value:g}"
                 assert re.search(rf"│ {method}\.{entry.name} +│ +{re.escape(shown)} │", text)
         text = printed(problems_table(), width=width)
         assert "\N{HORIZONTAL ELLIPSIS}" not in text
