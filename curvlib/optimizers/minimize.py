@@ -93,7 +93,8 @@ class Tolerances:
             and abs(result.actual) < self.ftol * abs(result.loss)
         ):
             return MinimizationStatus.VALUE
-        if result.step_norm < self.xtol * (self.xtol + parameter_norm):
+        # A step of exactly nothing beside a gradient is a failure to find one, and no sign of a minimum.
+        if 0.0 < result.step_norm < self.xtol * (self.xtol + parameter_norm):
             return MinimizationStatus.STEP
         return None
 

@@ -76,6 +76,12 @@ class ModelDescent(Direction):
                 f"ModelDescent(decay={self.decay}) needs a curvature with statistics that average, and "
                 f"{self.curvature!r} has none: use decay=0."
             )
+        if self.scaling is not None and self.scaling.needs_definite and self.curvature.may_be_indefinite:
+            raise ValueError(
+                f"{type(self.scaling).__name__} takes roots of the curvature's diagonal, and {self.curvature!r} may be "
+                "indefinite: use a curvature of GGN(), Fisher() or EmpiricalFisher(), FixedScaling(values), or "
+                "newton_trust_region(objective) for the Hessian."
+            )
         if self.descent.needs_definite and self.curvature.may_be_indefinite:
             raise ValueError(
                 f"{type(self.descent).__name__} needs a positive definite C + damping I, and {self.curvature!r} may be "
@@ -96,6 +102,8 @@ class ModelDescent(Direction):
         """Return the state before the first step."""
         refuse_parts_of_sums("ModelDescent", self.fraction, objective)
         self.curvature.check(objective)
+        if self.scaling is not None:
+            self.scaling.check(objective.layout.size)
         return _ModelDescentState(self)
 
 

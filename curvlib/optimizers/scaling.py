@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,16 @@ from curvlib.operators import Dense, Diagonal, LinearOperator, LowRank, MatrixFr
 
 class Scaling(ABC):
     """A frozen configuration of a way to choose the scales of the parameters."""
+
+    #: Whether the scales come from a curvature that must not be indefinite.
+    needs_definite: ClassVar[bool] = False
+
+    def check(self, size: int) -> None:  # noqa: B027 - most have nothing to check
+        """Refuse a number of parameters D that the scales do not fit, before any computation.
+
+        Raises:
+            ValueError: names both numbers.
+        """
 
     @abstractmethod
     def scales(self, operator: LinearOperator, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"]:
@@ -42,6 +53,8 @@ class CurvatureScaling(Scaling):
     6, as in MINPACK. The maximum keeps a parameter whose curvature has vanished on the way from running away.
     Parameters without curvature at the first step get 1. The diagonal of a matrix-free operator costs D products.
     """
+
+    needs_definite: ClassVar[bool] = True
 
     def scales(self, operator: LinearOperator, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"]:
         """Return the maximum of the last scales and the roots.
@@ -78,6 +91,15 @@ class FixedScaling(Scaling):
             raise TypeError(f"FixedScaling(values=...) must be a floating-point vector (D,), got {s!r}.")
         if not bool((s.isfinite() & (s > 0)).all()):
             raise ValueError(f"FixedScaling(values=...) must be finite numbers > 0, got {s.tolist()}.")
+
+    def check(self, size: int) -> None:
+        """Refuse another number of parameters than there are scales.
+
+        Raises:
+            ValueError: names both numbers.
+        """
+        if size != len(self.values):
+            raise ValueError(f"FixedScaling has {len(self.values)} values, and the objective {size} parameters.")
 
     def scales(self, operator: LinearOperator, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"]:
         """Return the values.

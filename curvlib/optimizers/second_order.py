@@ -169,12 +169,15 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             state = self._state if self._state is not None else self._started(situation)
             situation.damping = state.damping.damping
             situation.radius = inf if state.radius is None else state.radius.radius
+            before = (self._state, self._previous, self._generator.get_state())
             try:
                 result, step = self._propose(situation, state)
+                self._finish(result.accepted, step)
             except BaseException:  # a KeyboardInterrupt as well
                 self._direction.rejected()
+                self._state, self._previous, draws = before
+                self._generator.set_state(draws)
                 raise
-            self._finish(result.accepted, step)
             # what the direction has learned from the step is work as well
             return replace(result, gradient_evaluations=situation.work)
 
@@ -224,10 +227,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     def _finish(self, accepted: bool, step: Float[Tensor, " D"]) -> None:
         """Write the step, or restore what was before it."""
         if accepted:
-            self._previous = step
             self._direction.accepted(step)
             theta = self.objective.parameter_vector()
-            self.objective.layout.write(self.objective.parameters, theta.add_(step))
+            try:
+                self.objective.layout.write(self.objective.parameters, theta + step)
+            except BaseException:
+                self.objective.layout.write(self.objective.parameters, theta)
+                raise
+            self._previous = step
         else:
             self._previous = self.step_rule.after_rejection(self._previous)
             self._direction.rejected()

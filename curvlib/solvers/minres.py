@@ -38,6 +38,8 @@ _LEAST_PATIENCE = 10
 # part of r, the recurrence will soon claim anything: the true residual has to decide. In an r that is hardly more than
 # rounding errors there are no candidates.
 _SOUND, _GROWN = 1e-3, 1e-2
+# |r|_P that exceeds the one at the start by this much has been lost to rounding errors.
+_GROWN_RESIDUAL = 1.01
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,6 +114,7 @@ class _MinimalResidual(Recurrence):
         zero, nothing = torch.zeros_like(self.x), torch.zeros_like(self.scale)
         if self.iteration == 0:
             self.lanczos_size = nothing
+            self.first = self.x, self.r
         self.z_last, self.z = zero, -self.r
         self.y, self.beta = self._lanczos_norm(self.z)
         self.beta_last, self.phibar = torch.ones_like(nothing), self.beta
@@ -172,6 +175,7 @@ class _MinimalResidual(Recurrence):
         claimed = torch.stack([self.status == status.value for status in ends]).any(0)
         returning = self.best_score.isfinite() & (claimed | self.running)
         if not bool(returning.any()):
+            self._give_up_what_got_worse()
             return returning
         best = torch.where(returning, self.best, 0.0)
         r = torch.where(returning, self.apply(best) - self.b, 0.0)
@@ -190,7 +194,18 @@ class _MinimalResidual(Recurrence):
         # Where r has fallen after all, the system was ill-conditioned and not singular: go on from x.
         doubtful = (self.status == Status.LEAST_SQUARES.value) & ~confirmed
         self.status = torch.where(doubtful, Status.ILL_CONDITIONED.value, self.status)
-        return doubtful
+        return doubtful & ~self._give_up_what_got_worse()
+
+    def _give_up_what_got_worse(self) -> Bool[Tensor, " K"]:
+        """Return to the start where the true |r|_P, which grows by rounding errors alone, is larger than there."""
+        x, r = self.first
+        own, start = (torch.where(self.is_zero, 0.0, v) for v in (self.r, r))
+        grown = dot(own, self._precondition(own)) > _GROWN_RESIDUAL**2 * dot(start, self._precondition(start))
+        ends = (Status.LEAST_SQUARES.value, Status.ILL_CONDITIONED.value)
+        lost = grown & (self.running | torch.stack([self.status == value for value in ends]).any(0))
+        self.x, self.r = torch.where(lost, x, self.x), torch.where(lost, r, self.r)
+        self.status = torch.where(lost, Status.ILL_CONDITIONED.value, self.status)
+        return lost
 
     def _expand(self) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"], Float[Tensor, " K"]]:
         """Return the Lanczos vector v, the next one z before it is scaled, and alpha."""

@@ -361,3 +361,22 @@ def test_an_indefinite_preconditioner_and_random_products_are_no_solution():
 def test_bad_arguments_are_refused(make, error):
     with pytest.raises(error, match=r"MINRES\(|damping"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "condition", "signs", "limit"),
+    [
+        (torch.float64, 1e14, (1,), 1000),
+        (torch.float64, 1e12, (1, -1), 1000),
+        (torch.float32, 1e6, (1, -1), 500),
+        (torch.float32, 1e5, (1, -1), 2000),
+    ],
+    ids=str,
+)
+def test_what_rounding_errors_have_carried_away_is_given_up(dtype, condition, signs, limit):
+    for seed in range(4):
+        A, _, normal = system(seed, spread(40, condition, signs), dtype)
+        b = normal(40)
+        solution = MINRES(max_iterations=limit)(Dense(A), 0.0).solve(b)
+        assert float((A.double() @ solution.x.double() - b.double()).norm()) <= 1.02 * float(b.double().norm())
+        assert solution.status is not Status.LEAST_SQUARES  # no column of these matrices is zero
