@@ -223,9 +223,11 @@ def minimize(
 
 
 def _why_without_progress(result: StepResult, dtype: torch.dtype) -> MinimizationStatus:
-    # The model is right about such small changes, and a difference of values of h cannot see them.
+    # The model is right about such small changes, and a difference of values of h cannot see them. No step at all
+    # beside a gradient is a failure to find one.
     small = _NOISE_IN_EPS * torch.finfo(dtype).eps * abs(result.loss)
-    return MinimizationStatus.ROUNDING_FLOOR if abs(result.predicted) <= small else MinimizationStatus.STALLED
+    at_floor = result.step_norm > 0.0 and abs(result.predicted) <= small
+    return MinimizationStatus.ROUNDING_FLOOR if at_floor else MinimizationStatus.STALLED
 
 
 class _Totals:
