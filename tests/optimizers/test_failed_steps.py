@@ -116,7 +116,7 @@ def test_an_interruption_at_the_very_end_of_a_step_leaves_all_as_it_was(make, pl
 
 def test_scalings_that_do_not_fit_are_refused_before_any_step():
     objective, _ = near_a_saddle()
-    with pytest.raises(ValueError, match="7 values, and the objective 2 parameters"):
+    with pytest.raises(ValueError, match="7 values, and the objective another size, 2"):
         levenberg_marquardt(objective, scaling=FixedScaling(torch.ones(7, dtype=torch.float64)))
     with pytest.raises(ValueError, match="CurvatureScaling takes roots"):
         ModelDescent(curvature=Dense(Hessian()), descent=MoreSorensen(), scaling=CurvatureScaling())
