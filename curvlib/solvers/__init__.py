@@ -4,7 +4,7 @@ from curvlib.solvers import kronecker_chain, markov_chain, sums  # noqa: F401 - 
 from curvlib.solvers.blockwise_damping import BlockwiseDamping, damping_structure
 from curvlib.solvers.cg import CG, CGInverse
 from curvlib.solvers.damping import ConstantDamping, DampingControl, DampingState, LevenbergMarquardt
-from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeFloor, RelativeStart
+from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeFloor, RelativeStart, StartFloor
 from curvlib.solvers.damping_schedules import CustomDamping, DampingSchedule, ExponentialDamping, LinearDamping
 from curvlib.solvers.descents import (
     DampedNewton,
@@ -93,6 +93,7 @@ __all__ = [
     "SlopeRatio",
     "Solution",
     "SolveError",
+    "StartFloor",
     "Status",
     "Steihaug",
     "StochasticOperatorError",

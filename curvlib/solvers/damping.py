@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite, isnan
+from typing import Any
 
 from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeStart, checked_damping
 
@@ -27,21 +28,25 @@ class DampingState:
         damping: lambda for the next step.
         step: how many steps have been judged.
         rejected: how many of them were undone.
+        first: lambda of the first step, for floors that are relative to it; None where the control keeps none.
     """
 
     damping: float
     step: int = 0
     rejected: int = 0
+    first: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", checked_damping(self.damping))
+        if self.first is not None:
+            object.__setattr__(self, "first", checked_damping(self.first, "DampingState(first=...)"))
 
-    def state_dict(self) -> dict[str, float | int]:
+    def state_dict(self) -> dict[str, float | int | None]:
         """Return the fields as plain numbers."""
         return asdict(self)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, float | int]) -> DampingState:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> DampingState:
         """Return the state that :meth:`state_dict` described.
 
         Raises:
@@ -50,7 +55,12 @@ class DampingState:
         expected = {entry.name for entry in fields(cls)}
         if set(state) != expected:
             raise ValueError(f"A damping state has the entries {sorted(expected)}, got {sorted(state)}.")
-        return cls(damping=float(state["damping"]), step=int(state["step"]), rejected=int(state["rejected"]))
+        return cls(
+            damping=float(state["damping"]),
+            step=int(state["step"]),
+            rejected=int(state["rejected"]),
+            first=None if state["first"] is None else float(state["first"]),
+        )
 
 
 class DampingControl(ABC):
@@ -143,7 +153,7 @@ class LevenbergMarquardt(DampingControl):
         low: a ratio below is bad.
         high: a ratio above is good.
         interval: steps from one adaptation to the next.
-        floor: the least damping, :class:`AbsoluteFloor` or :class:`RelativeFloor`.
+        floor: the least damping, :class:`AbsoluteFloor`, :class:`RelativeFloor` or :class:`StartFloor`.
         ceiling: the most damping; it yields to the floor.
         reject_below: a step whose ratio is below is to be undone, so is one of ratio NaN. 0 rejects the steps that
             raise the objective, -inf none but those of ratio NaN.
@@ -224,15 +234,15 @@ class LevenbergMarquardt(DampingControl):
 
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step."""
-        if isinstance(self.initial, RelativeStart):
-            return DampingState(damping=self.initial.damping(gradient_curvature))
-        return DampingState(damping=self.initial)
+        start = self.initial
+        first = start.damping(gradient_curvature) if isinstance(start, RelativeStart) else start
+        return DampingState(damping=first, first=first)
 
     def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
         """Return the state after a step of this ratio.
 
         Raises:
-            ValueError: the ratio is None although :meth:`needs_ratio`, or the floor needs the mean curvature.
+            ValueError: the ratio is None although :meth:`needs_ratio`, or the floor needs what is unknown.
         """
         if ratio is None and self.needs_ratio(state):
             raise ValueError("LevenbergMarquardt.update needs the reduction ratio at this step, got None.")
@@ -241,8 +251,8 @@ class LevenbergMarquardt(DampingControl):
         if ratio is not None and (rejected or self._adapts(state)):
             damping *= self._factor(ratio)
         # Above the ceiling only where the floor is: too little damping diverges, too much is merely slow.
-        damping = max(min(damping, self.ceiling), self.floor.least(mean_curvature))
-        return DampingState(damping=damping, step=state.step + 1, rejected=state.rejected + rejected)
+        damping = max(min(damping, self.ceiling), self.floor.least(mean_curvature, state.first))
+        return replace(state, damping=damping, step=state.step + 1, rejected=state.rejected + rejected)
 
     def needs_ratio(self, state: DampingState) -> bool:
         """Return whether the step is one that adapts the damping, or may be rejected."""

@@ -27,11 +27,16 @@ def checked_damping(damping: float, name: str = "damping") -> float:
 
 
 class DampingFloor(ABC):
-    """The least damping, given the mean curvature trace(C) / D."""
+    """The least damping, given the mean curvature trace(C) / D and the first damping."""
 
     @abstractmethod
-    def least(self, mean_curvature: float | None) -> float:
-        """Return the least damping; mean_curvature is None where the caller does not know it."""
+    def least(self, mean_curvature: float | None, first: float | None) -> float:
+        """Return the least damping.
+
+        Args:
+            mean_curvature: trace(C) / D, None where the caller does not know it.
+            first: the damping of the first step, likewise.
+        """
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class AbsoluteFloor(DampingFloor):
     def __post_init__(self) -> None:
         checked_damping(self.value, "AbsoluteFloor(value=...)")
 
-    def least(self, mean_curvature: float | None) -> float:
+    def least(self, mean_curvature: float | None, first: float | None) -> float:
         """Return the number."""
         return self.value
 
@@ -67,7 +72,7 @@ class RelativeFloor(DampingFloor):
     def __post_init__(self) -> None:
         checked_damping(self.fraction, "RelativeFloor(fraction=...)")
 
-    def least(self, mean_curvature: float | None) -> float:
+    def least(self, mean_curvature: float | None, first: float | None) -> float:
         """Return fraction * mean_curvature; 0 where the mean is negative, as that of an indefinite matrix may be.
 
         Raises:
@@ -79,6 +84,37 @@ class RelativeFloor(DampingFloor):
                 "mean_curvature=float(C.trace()) / C.size to update, or use AbsoluteFloor."
             )
         return self.fraction * max(float(mean_curvature), 0.0)
+
+
+@dataclass(frozen=True)
+class StartFloor(DampingFloor):
+    """The damping never falls below a fraction of the first damping.
+
+    A floor on the scale of the objective where trace(C) is unknown, as with products alone. Without one, good steps
+    multiply the damping by ever less, and the way back takes as many bad steps.
+
+    Args:
+        fraction: the part of the first damping.
+    """
+
+    fraction: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not checked_damping(self.fraction, "StartFloor(fraction=...)") <= 1:
+            raise ValueError(f"StartFloor(fraction=...) must be at most 1, got {self.fraction!r}.")
+
+    def least(self, mean_curvature: float | None, first: float | None) -> float:
+        """Return fraction * first.
+
+        Raises:
+            ValueError: the first damping is unknown.
+        """
+        if first is None:
+            raise ValueError(
+                "StartFloor needs the first damping, and the state has none: begin with the state that the control's "
+                "start() returns, or give DampingState(damping=..., first=...)."
+            )
+        return self.fraction * first
 
 
 @dataclass(frozen=True)

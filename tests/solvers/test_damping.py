@@ -16,6 +16,7 @@ from curvlib.solvers import (
     LevenbergMarquardt,
     RelativeFloor,
     RelativeStart,
+    StartFloor,
     reduction_ratio,
 )
 from curvlib.solvers.damping_scale import checked_damping
@@ -144,6 +145,23 @@ def test_relative_floor_follows_the_curvature():
             marquardt.update(marquardt.start(), 0.9, mean_curvature=unknown)
 
 
+def test_start_floor_is_a_part_of_the_first_damping():
+    relative = control(initial=RelativeStart(0.25), floor=StartFloor(0.01))
+    state = relative.start(gradient_curvature=8.0)
+    for _ in range(3):
+        state = relative.update(state, 0.9)
+    assert state.damping == 0.25  # of 2.0: not there yet
+    for _ in range(20):
+        state = relative.update(state, 0.9)
+    assert state.damping == pytest.approx(0.02)
+    assert relative.update(state, 0.1).damping == pytest.approx(0.08)  # one bad step is felt at once
+    assert damping_after(control(initial=3.0, floor=StartFloor(1.0)), *[0.9] * 5) == 3.0
+    with pytest.raises(ValueError, match="StartFloor needs the first damping"):
+        relative.update(DampingState(damping=1.0), 0.9)
+    with pytest.raises(ValueError, match=r"at most 1, got 1\.5"):
+        StartFloor(1.5)
+
+
 def test_published_settings():
     kfac = LevenbergMarquardt.martens_grosse()
     assert (kfac.initial, kfac.interval, kfac.low, kfac.high, kfac.reject_below) == (150.0, 5, 0.25, 0.75, -inf)
@@ -172,7 +190,7 @@ def test_constant_damping():
 @given(st.lists(st.sampled_from([0.9, 0.5, 0.1, -1.0, nan]), max_size=12), st.integers(0, 12), st.integers(1, 4))
 @settings(max_examples=40)
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(ratios, cut, interval):
-    marquardt = control(interval=interval)
+    marquardt = control(interval=interval, floor=StartFloor(0.1))
     state = whole = marquardt.start()
     for ratio in ratios:
         whole = marquardt.update(whole, ratio)
@@ -185,7 +203,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(ratios, cut, interval)
 
 
 def test_states_refuse_unknown_entries():
-    with pytest.raises(ValueError, match="damping', 'rejected', 'step"):
+    with pytest.raises(ValueError, match="damping', 'first', 'rejected', 'step"):
         DampingState.from_state_dict({"damping": 1.0, "step": 0})
     with pytest.raises(ValueError, match="damping"):
         DampingState(damping=-1.0)
@@ -238,8 +256,10 @@ def test_ratio_takes_scalar_tensors():
         ConstantDamping,
         AbsoluteFloor,
         RelativeFloor,
+        StartFloor,
         lambda value: control(initial=value),
         lambda value: DampingState(damping=value),
+        lambda value: DampingState(damping=1.0, first=value),
     ],
 )
 def test_negative_or_infinite_damping_is_refused(make, bad):
