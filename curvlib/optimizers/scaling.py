@@ -99,7 +99,9 @@ class FixedScaling(Scaling):
             ValueError: names both numbers.
         """
         if size != len(self.values):
-            raise ValueError(f"FixedScaling has {len(self.values)} values, and the objective another size, {size} parameters.")
+            raise ValueError(
+                f"FixedScaling has {len(self.values)} values, and the objective another size, {size} parameters."
+            )
 
     def scales(self, operator: LinearOperator, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"]:
         """Return the values.

@@ -282,6 +282,18 @@ def test_the_ratio_by_slopes_is_right_where_differences_of_the_objective_are_noi
     assert abs(limit - 1) > 0.05
 
 
+def test_a_change_that_is_not_small_is_not_taken_from_slopes():
+    # The model from x = 0 predicts a fall of 1e-8 at x = -1. There h has risen by 100, and both slopes point down.
+    def residuals(x):
+        return torch.stack([torch.ones_like(x[0]), 1e-4 * (1 + x[0]) + 5 * (1 - torch.cos(torch.pi * x[0]))])
+
+    objective, batch = least_squares(residuals, [0.0])
+    result = levenberg_marquardt(objective, control=TrustRegion(initial=1.0)).step(batch)
+    assert result.predicted == pytest.approx(-1e-8, rel=1e-6)
+    assert result.actual == pytest.approx(100.0, rel=1e-6)
+    assert not result.accepted
+
+
 def test_an_interrupted_step_restores_what_was_before_it(monkeypatch):
     problem = CLASSICS["bard"]
     objective, batch = least_squares(problem.residuals, problem.start)

@@ -170,6 +170,34 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name):
     assert torch.equal(optimizer.objective.parameter_vector(), other.objective.parameter_vector())
 
 
+def test_a_run_goes_on_from_a_checkpoint_after_a_rejected_step():
+    strategy = Preconditioner(curvature=KFAC(GGN()), decay=0.9, inverse_every=100)
+
+    def start():
+        objective, batch = small_network()
+        return newton(objective, strategy, damping=LevenbergMarquardt(initial=0.1, interval=1, increase=1.5)), batch
+
+    optimizer, batch = start()
+    for _ in range(4):
+        optimizer.step(batch)
+    optimizer.step_rule, rule = NeverTaken(), optimizer.step_rule
+    assert not optimizer.step(batch).accepted
+    optimizer.step_rule = rule
+    other, _ = start()
+    other.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        other.objective.layout.write(other.objective.parameters, optimizer.objective.parameter_vector())
+    made = []
+    for each in (optimizer, other):
+        state = each._direction._preconditioner
+        solver = state._solver
+        state._solver = lambda C, damping, solver=solver: made.append(damping) or solver(C, damping)
+    assert optimizer.step(batch) == other.step(batch)
+    # both make the inverse anew, which nothing but the rejected step asks for
+    assert len(made) == 2
+    assert torch.equal(optimizer.objective.parameter_vector(), other.objective.parameter_vector())
+
+
 def test_a_state_of_another_preconditioner_is_refused():
     objective, batch = small_network()
     optimizer = hessian_free(objective, preconditioner=STRATEGIES["kfac"])
