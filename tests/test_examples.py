@@ -5,9 +5,15 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from exported import exported_descents, exported_solvers
+from torch import nn
 
+from curvlib import GGN, Objective, UnsupportedLayerError
+from curvlib.approximations import KFAC, PerLayer
 from curvlib.experiments import APPROXIMATIONS
+from curvlib.testing import ExactOn, check_approximation
+from curvlib.testing.exactness import diagonal_entries
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -111,6 +117,59 @@ def test_own_approximation(capsys, monkeypatch):
     trained = re.findall(r"(\S+) *\(diagonal-factors \w+\) .*step 40 +loss (\d+\.\d+)", text)
     assert [name for name, _ in trained] == ["kfac", "newton-trust-region"]
     assert all(float(loss) < 1.0 for _, loss in trained), "both train"
+
+
+@pytest.fixture
+def diagonal_factors():
+    return runpy.run_path(str(EXAMPLES / "own_approximation.py"))["DiagonalFactors"]
+
+
+def test_own_approximation_keeps_the_identities_of_all(diagonal_factors):
+    # ignored targets of examples and of positions among them; of one example the diagonal is exact
+    exact = ExactOn(part=diagonal_entries, examples=1, positions=False)
+    check_approximation(diagonal_factors(GGN()), exact_on=exact, examples=25)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "words"),
+    [
+        (nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)), torch.tensor([0, 1]), "0.weight of Embedding: "),
+        (nn.LayerNorm(2), torch.ones(3, 2), "weight of LayerNorm: "),
+        (nn.Conv1d(2, 2, 1, groups=2), torch.ones(3, 2, 4), "weight of Conv1d: "),
+    ],
+    ids=["embedding", "norm", "groups"],
+)
+def test_own_approximation_refuses_other_layers_by_name(diagonal_factors, model, inputs, words):
+    objective, targets = Objective(model, nn.MSELoss()), torch.zeros_like(model(inputs))
+    own = diagonal_factors(GGN())
+    for approximation in (own, PerLayer([], otherwise=own)):
+        with pytest.raises(UnsupportedLayerError, match=words):
+            approximation.estimate(objective.at((inputs, targets)))
+        assert approximation.describe(objective).rows[0].block == "refused"
+    chosen = PerLayer([(type(next(m for m in model.modules() if m._parameters)), None)], otherwise=own)
+    assert chosen.estimate(objective.at((inputs, targets))).size == objective.layout.size
+
+
+def test_own_approximation_is_the_diagonal_of_kfac_whatever_the_padding(diagonal_factors):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    objective = Objective(_ClassesFirst(model), nn.CrossEntropyLoss())
+    inputs, targets = torch.randn(4, 5, 2).double(), torch.randint(3, (4, 5))
+    targets[:, 3:] = -100
+    targets[3] = -100
+    for T in (5, 3):
+        evaluation = objective.at((inputs[:, :T], targets[:, :T]))
+        C = diagonal_factors(GGN()).estimate(evaluation).to_dense()
+        torch.testing.assert_close(C, KFAC(GGN()).estimate(evaluation).diagonal().diag())
+        torch.testing.assert_close(C, diagonal_factors(GGN()).estimate(objective.at((inputs, targets))).to_dense())
+
+
+class _ClassesFirst(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).movedim(-1, 1)
 
 
 def test_own_approximation_is_defined_in_few_lines():

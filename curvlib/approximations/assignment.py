@@ -66,7 +66,7 @@ class LayerAssignment(Approximation):
         """Return who treats which layer of the plan, and what the other parameters get."""
 
     def check(self, objective: Objective) -> None:
-        """Refuse parameters outside every layer, by name, unless a fallback was chosen."""
+        """Refuse parameters outside every layer unless a fallback was chosen, and layers not taken, by name."""
         self._checked(objective, objective.plan)
 
     def describe(self, objective: Objective, plan: LayerPlan | None = None) -> Description:
@@ -91,6 +91,13 @@ class LayerAssignment(Approximation):
                 f"{type(self).__name__} has no layer rule for {len(refused)} parameter(s): {listed}. Choose "
                 'on_unsupported="diagonal", "dense" or "exclude" for them, freeze them, register a rule with '
                 "curvlib.extensions.register, or use Exact, which needs no rules."
+            )
+        reasons = {name: _refusal(layer, assignment) for layer in plan.layers for name in layer.parameters}
+        not_taken = "; ".join(f"{name} of {reason}" for name, reason in reasons.items() if reason)
+        if not_taken:
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} does not take every layer: {not_taken}. Give these another approximation by "
+                "PerLayer (None for no curvature), or freeze their parameters."
             )
         return assignment
 
@@ -131,6 +138,14 @@ class AssignedApproximation(LayerAssignment, StatisticalApproximation):
             zeros = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
             return DiagonalOperator(zeros)
         return BlockDiagonalOperator(tuple(blocks), tuple(coordinates), layout.size)
+
+
+def _refusal(layer: Layer, assignment: Assignment) -> str:
+    """Return why the approximation of a layer refuses it, or ""."""
+    approximation = assignment.layers[layer.name]
+    reason = approximation.refusal(layer) if approximation is not None else ""
+    kinds = ", ".join(dict.fromkeys(type(member).__name__ for member in layer.members))
+    return f"{kinds}: {reason}" if reason else ""
 
 
 def layer_key(layer: Layer, statistic: str) -> str:
@@ -202,7 +217,11 @@ def _row(name: str, shape: tuple[int, ...], plan: LayerPlan, assignment: Assignm
     layers = [layer for layer in plan.layers if name in layer.parameters]
     blocks, reasons = [], []
     for layer in layers:
-        approximation = assignment.layers[layer.name]
+        approximation, refusal = assignment.layers[layer.name], _refusal(layer, assignment)
+        if refusal:
+            blocks.append("refused")
+            reasons.append(refusal)
+            continue
         blocks.append("none (zero curvature)" if approximation is None else approximation.describe_block(layer))
         shared = f"shared by {', '.join(layer.modules)}" if len(layer.modules) > 1 else "has a layer rule"
         reasons.append(shared if approximation is not None else "excluded")

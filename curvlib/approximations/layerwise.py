@@ -73,6 +73,10 @@ class LayerwiseApproximation(AssignedApproximation):
     def block(self, layer: Layer, statistics: Statistics) -> LinearOperator:
         """Return the operator of one layer, in the order of its coordinates."""
 
+    def refusal(self, layer: Layer) -> str:
+        """Return why it cannot treat a layer, "" where it can; asked by the model alone, before any computation."""
+        return ""
+
     def exact_blocks_of(self, layer: Layer) -> int:
         """Return B: the exact blocks that :meth:`statistics_of_blocks` takes are B of equal size, in the layer's order.
 
