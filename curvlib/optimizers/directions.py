@@ -118,9 +118,7 @@ class TruncatedNewton(Direction):
     """
 
     curvature: Approximation = field(default_factory=lambda: Exact(GGN()))
-    cg: CG = field(
-        default_factory=lambda: CG(max_iterations=250, stop=ProgressTest(), store=IterateGrid(), check_every=1)
-    )
+    cg: CG = field(default_factory=lambda: CG(max_iterations=250, stop=ProgressTest(), store=IterateGrid()))
     preconditioner: Approximation | Preconditioner | None = None
     warm_start: float = 0.95
     fraction: float = 1.0

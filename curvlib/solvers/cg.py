@@ -45,9 +45,9 @@ class CG(KrylovMethod):
         stop: the stopping rule, :class:`ResidualTest` or :class:`ProgressTest`.
         preconditioner: a positive definite operator that approximates (C + damping I)^-1, applied with ``@``.
         store: which iterates to keep in :attr:`Solution.iterates`; None keeps none.
-        check_every: iterations between two looks of the host at the device. In between nothing is synchronised, and
-            finished columns are frozen on the device, so that the result is the same for every value; up to
-            ``check_every - 1`` products are wasted at the end.
+        check_every: iterations between two looks of the host at the device; None for 5, and 1 on the CPU, where a look
+            waits for nothing. In between nothing is synchronised, and finished columns are frozen on the device, so
+            that the result is the same for every value; up to ``check_every - 1`` products are wasted at the end.
         on_limit: what ``@`` does at the limit: :class:`WarnAtLimit` or :class:`RaiseAtLimit`.
         reorthogonalize: how many past residuals each new one is made P-orthogonal to again. In exact arithmetic that
             changes nothing. With rounding errors ill-conditioned systems need fewer iterations, down to the number of

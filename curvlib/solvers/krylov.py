@@ -42,6 +42,8 @@ BACKWARD_STABLE = 10.0
 _MOST_RESTARTS = 3
 # A relative residual at the rounding floor that leaves fewer than two digits of b is no solution.
 _LEAST_USEFUL = 1e-2
+# On the CPU a look waits for nothing; elsewhere one for every product would keep the device waiting.
+_LOOKS_ON_THE_CPU, _LOOKS_ELSEWHERE = 1, 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,12 +57,13 @@ class KrylovMethod(ABC):
     stop: StoppingRule = field(default_factory=ResidualTest)
     preconditioner: LinearOperator | None = None
     store: IterateGrid | None = None
-    check_every: int = 5
+    check_every: int | None = None
     on_limit: LimitAction = field(default_factory=WarnAtLimit)
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        for name, value in (("max_iterations", self.max_iterations), ("check_every", self.check_every)):
+        every = 1 if self.check_every is None else self.check_every
+        for name, value in (("max_iterations", self.max_iterations), ("check_every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{owner}({name}=...) must be an integer >= 1, got {value!r}.")
         for name, kind in (("preconditioner", LinearOperator), ("store", IterateGrid), ("on_limit", LimitAction)):
@@ -72,6 +75,12 @@ class KrylovMethod(ABC):
                 f"{owner}(stop=...) must be a stopping rule, got {self.stop!r}: "
                 "for a tolerance use ResidualTest(relative=...)."
             )
+
+    def looks_every(self, device: torch.device) -> int:
+        """Return the iterations between two looks of the host at a device."""
+        if self.check_every is not None:
+            return self.check_every
+        return _LOOKS_ON_THE_CPU if device.type == "cpu" else _LOOKS_ELSEWHERE
 
     @abstractmethod
     def __call__(self, operator: LinearOperator, damping: float) -> IterativeInverse:
@@ -190,10 +199,11 @@ class Recurrence(ABC):
         """Iterate until no column runs and the true residuals have been judged."""
         limit = self.method.max_iterations
         numbers = self.method.store.numbers(limit) if self.method.store is not None else frozenset()
+        every = self.method.looks_every(self.b.device)
         for restarts_left in reversed(range(_MOST_RESTARTS + 1)):
             while self.iteration < limit:
                 # The only synchronisation inside the loop.
-                if self.iteration % self.method.check_every == 0 and not bool(self.running.any()):
+                if self.iteration % every == 0 and not bool(self.running.any()):
                     break
                 self._step()
                 if self.iteration in numbers:

@@ -14,6 +14,7 @@ from curvlib.operators import Dense, Diagonal, LinearOperator, MatrixFree
 from curvlib.solvers import damped_inverse
 from curvlib.solvers.cg import CG
 from curvlib.solvers.errors import SolveError
+from curvlib.solvers.minres import MINRES
 from curvlib.solvers.solution import (
     ConvergenceWarning,
     IterateGrid,
@@ -557,3 +558,13 @@ def test_a_solution_that_rounding_errors_have_made_useless_is_not_called_solved(
     assert not solution.solved or solution.residual_norm <= 1e-2
     with pytest.raises(SolveError, match="raise the damping"):
         damped_inverse(C, 1e-6) @ torch.ones(14)
+
+
+def test_how_often_the_host_looks():
+    C, b = Dense(spd(0, 40, condition=10.0)), normal(0, 40)
+    at_once, later = (CG(check_every=n)(C, 0.0).solve(b) for n in (None, 50))
+    assert at_once.products < later.products
+    torch.testing.assert_close(at_once.x, later.x, rtol=0, atol=0)
+    assert CG().looks_every(torch.device("cpu")) == 1
+    assert CG().looks_every(torch.device("cuda")) == MINRES().looks_every(torch.device("cuda")) == 5
+    assert CG(check_every=3).looks_every(torch.device("cuda")) == 3

@@ -52,7 +52,7 @@ class Steihaug(Descent):
     max_iterations: int = 250
     stop: StoppingRule = field(default_factory=lambda: ResidualTest(relative=1e-3))
     preconditioner: LinearOperator | None = None
-    check_every: int = 5
+    check_every: int | None = None
 
     def __post_init__(self) -> None:
         self.unconstrained()
@@ -121,9 +121,10 @@ class _Path:
         """Follow the path to its end and fetch it."""
         self._test()
         self._new_direction()
+        every = self.method.unconstrained().looks_every(self.g.device)
         while self.iteration < self.method.max_iterations:
             # The only synchronisation inside the loop.
-            if self.iteration % self.method.check_every == 0 and int(self.state) != _RUNNING:
+            if self.iteration % every == 0 and int(self.state) != _RUNNING:
                 break
             self._advance()
         state, self.iterations, at_boundary = torch.stack([self.state, self.count, self.at_boundary.long()]).tolist()
