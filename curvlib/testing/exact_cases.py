@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from hypothesis.strategies import SearchStrategy
+from hypothesis.strategies import SearchStrategy, just
 from torch import Tensor, nn
 
 from curvlib.approximations import Approximation
@@ -18,10 +18,12 @@ from curvlib.testing.estimates import Estimates
 from curvlib.testing.exactness import ExactOn, itself
 from curvlib.testing.identities import Subject
 from curvlib.testing.losses import EVERY_LOSS, LOSSES
-from curvlib.testing.networks import mlp, networks, with_loss
+from curvlib.testing.networks import mlp, networks, pool_before_last, with_loss
 from curvlib.testing.numbers import draw
 from curvlib.testing.oracles import Network
 from curvlib.testing.search import search
+
+Sides = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def check_exact(
@@ -38,18 +40,24 @@ def check_exact(
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for network in fixed_networks(min(claim.examples, 3)):
-                expected = claim.expected(network, approximation)
-                _unbiased(approximation, subject, network, expected, draws, claim.compared)
+            for network in fixed_networks(min(claim.examples, 3), pooled=claim.positions):
+                _unbiased(approximation, subject, network, claim.sides(network, approximation), draws)
         return
     drawn: SearchStrategy = networks(EVERY_LOSS, activations, positions=claim.positions, max_examples=claim.examples)
 
     def check(network: Network) -> None:
         estimates = Estimates(approximation, subject, network)
-        expected = subject.value("the dense matrix", lambda: claim.expected(network, approximation))
-        estimates.equal(identity, claim.compared(estimates.C), claim.compared(expected))
+        sides = subject.value("the dense matrix", lambda: claim.sides(network, approximation))
+        estimates.equal(identity, *sides(estimates.C))
 
     search(drawn, check, examples)
+    # a few draws may all be of one layer, of one output, or without positions that meet
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layered = deep_network(activations[0], min(claim.examples, 3))
+        pooled = [pooled_network(activations[0], min(claim.examples, 3))] if claim.positions else []
+    for network in (layered, *pooled):
+        search(just(network), check, 1)
 
 
 def check_sphere(
@@ -64,19 +72,23 @@ def check_sphere(
         for reduction in ("mean", "sum"):
             network = sphere(reduction, depth)
             where = f"{identity} (layers without activation, squared error, {reduction})"
-            compared: Callable[[Tensor], Tensor]
             if claim is None:
-                shift = network.l2 if approximation.includes_l2 else 0.0
-                c = network.copy(l2=0.0).ggn()[0, 0].detach()
-                expected = (c**degree + shift) * torch.eye(len(network.theta), dtype=c.dtype)
-                compared = itself if depth == 1 else _diagonal
+                sides = _of_sphere(approximation, network, degree, depth)
             else:
-                expected, compared = claim.expected(network, approximation), claim.compared
+                sides = claim.sides(network, approximation)
             if random:
-                _unbiased(approximation, subject, network, expected, draws, compared, where)
+                _unbiased(approximation, subject, network, sides, draws, where)
             else:
                 one = Estimates(approximation, subject, network)
-                one.equal(where, compared(one.C), compared(expected))
+                one.equal(where, *sides(one.C))
+
+
+def _of_sphere(approximation: Approximation, network: Network, degree: float, depth: int) -> Sides:
+    shift = network.l2 if approximation.includes_l2 else 0.0
+    c = network.copy(l2=0.0).ggn()[0, 0].detach()
+    expected = (c**degree + shift) * torch.eye(len(network.theta), dtype=c.dtype)
+    compared = itself if depth == 1 else _diagonal
+    return lambda C: (compared(C), compared(expected))
 
 
 def _diagonal(C: Tensor) -> Tensor:
@@ -107,15 +119,14 @@ def _unbiased(
     approximation: Approximation,
     subject: Subject,
     network: Network,
-    expected: Tensor,
+    sides: Sides,
     draws: int,
-    compared: Callable[[Tensor], Tensor],
     where: str = "",
 ) -> None:
     """Two-sided z-test of every entry; 5 standard errors leave a false alarm below 1e-4 for 100 entries."""
     evaluation, generator = network.evaluate(), torch.Generator().manual_seed(1)
-    samples = torch.stack([compared(approximation.estimate(evaluation, generator).to_dense()) for _ in range(draws)])
-    expected = compared(expected)
+    pairs = [sides(approximation.estimate(evaluation, generator).to_dense()) for _ in range(draws)]
+    samples, expected = torch.stack([got for got, _ in pairs]), pairs[0][1]
     error = samples.std(0) / draws**0.5
     z = (samples.mean(0) - expected).abs() / error.clamp(min=1e-12 + 1e-9 * float(expected.abs().max()))
     identity = "the mean over random draws = the dense matrix" + (f", {where}" if where else "")
@@ -129,11 +140,24 @@ def _unbiased(
     )
 
 
-def fixed_networks(examples: int = 3) -> list[Network]:
+def fixed_networks(examples: int = 3, pooled: bool = False) -> list[Network]:
     """Small networks with losses in natural parameters, whose labels are drawn without rare ones."""
     made = []
     for case, reduction in ((LOSSES[0], "mean"), (LOSSES[2], "sum"), (LOSSES[6], "mean")):
         model = mlp([2, 2, 3], final=case.ending())
         inputs = torch.randn(examples, 2, dtype=torch.float64)
         made.append(with_loss(model, case, inputs, (reduction,), 0.1))  # type: ignore[arg-type]
-    return made
+    return [made[0], made[1], pooled_network(nn.Tanh, examples)] if pooled else made
+
+
+def deep_network(activation: type[nn.Module], examples: int) -> Network:
+    """Return three layers of different widths, none of them 1."""
+    inputs = torch.randn(examples, 2, dtype=torch.float64)
+    return with_loss(mlp([2, 3, 2, 3], activation), LOSSES[10], inputs, ("mean",), 0.1)
+
+
+def pooled_network(activation: type[nn.Module], examples: int) -> Network:
+    """Return two layers, the first one at three positions that meet in a mean."""
+    model = mlp([2, 3, 2], activation)
+    pool_before_last(model)
+    return with_loss(model, LOSSES[0], torch.randn(examples, 3, 2, dtype=torch.float64), ("mean",), 0.1)

@@ -72,6 +72,8 @@ class ExactOn:
         matrix: network -> M, the curvature of the loss without the l2 term; by default that of the approximation's
             ``matrix``, by brute force.
         compared: (D, D) -> what of both matrices is compared, such as ``torch.trace``.
+        vanishing: (C, M, evaluation) -> what is zero, where that says more than a comparison with one part, such as
+            C C - C M for eigenpairs of M; C and M without the l2 term. It takes the place of part and compared.
         examples: the most examples that a network may have for this to hold.
         positions: whether it holds for inputs at several positions.
 
@@ -83,19 +85,26 @@ class ExactOn:
     part: Callable[[Matrix, Evaluation], Matrix] = whole
     matrix: Callable[[Network], Matrix] | None = None
     compared: Callable[[Matrix], Tensor] = itself
+    vanishing: Callable[[Matrix, Matrix, Evaluation], Tensor] | None = None
     examples: int = 4
     positions: bool = True
 
     @property
     def note(self) -> str:
         """What is compared, where that is not the whole matrix."""
+        if self.vanishing is not None:
+            return f": {getattr(self.vanishing, '__name__', self.vanishing)} vanishes"
         return "" if self.compared is itself else f", compared by {getattr(self.compared, '__name__', self.compared)}"
 
-    def expected(self, network: Network, approximation: Any) -> Matrix:
-        """Return what the estimate has to be, the l2 term included where the approximation has it."""
-        M = matrix_of_loss(network, approximation.matrix) if self.matrix is None else self.matrix(network)
-        kept = self.part(M.detach(), network.evaluate())
-        return kept + network.l2 * torch.eye(len(M), dtype=M.dtype) if approximation.includes_l2 else kept
+    def sides(self, network: Network, approximation: Any) -> Callable[[Matrix], tuple[Tensor, Tensor]]:
+        """Return the function of an estimate C that gives what is compared of it, and what that has to be."""
+        M = (matrix_of_loss(network, approximation.matrix) if self.matrix is None else self.matrix(network)).detach()
+        l2 = (network.l2 if approximation.includes_l2 else 0.0) * torch.eye(len(M), dtype=M.dtype)
+        evaluation, vanishing = network.evaluate(), self.vanishing
+        if vanishing is not None:
+            return lambda C: (left := vanishing(C - l2, M, evaluation), torch.zeros_like(left))
+        expected = self.compared(self.part(M, evaluation) + l2)
+        return lambda C: (self.compared(C), expected)
 
 
 EVERYWHERE = ExactOn()

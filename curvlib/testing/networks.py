@@ -20,6 +20,14 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.Tanh, nn.ReLU, nn.Sigmoid, nn.Sof
 POSITIONS: tuple[tuple[int, ...], ...] = ((), (1,), (3,), (1, 2), (2, 2))
 
 
+class MeanOverPositions(nn.Module):
+    """(N, *T, d) -> (N, d): positions that meet before the outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mean over all dimensions between the first and the last."""
+        return x.flatten(1, -2).mean(1)
+
+
 def mlp(
     widths: Sequence[int], activation: type[nn.Module] = nn.Tanh, bias: bool = True, *, final: Sequence[nn.Module] = ()
 ) -> nn.Sequential:
@@ -28,6 +36,12 @@ def mlp(
     for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out, bias=bias), activation()]
     return nn.Sequential(*layers[:-1], *final).double()
+
+
+def pool_before_last(model: nn.Sequential) -> None:
+    """Put :class:`MeanOverPositions` before the last linear layer of a perceptron."""
+    last = max(i for i, module in enumerate(model) if isinstance(module, nn.Linear))
+    model.insert(last, MeanOverPositions())
 
 
 @st.composite
@@ -46,7 +60,7 @@ def networks(
         draw: Hypothesis's.
         losses: which losses.
         activations: which activations.
-        positions: whether inputs may be (N, T, d) and (N, T, S, d) beside (N, d).
+        positions: whether inputs may be (N, T, d) and (N, T, S, d) beside (N, d), whose positions may meet in a mean.
         max_examples: largest N.
         l2: whether there may be an l2 term.
         min_examples: smallest N.
@@ -57,7 +71,11 @@ def networks(
     if case.classes_first:
         widths[-1] = max(widths[-1], 2)  # a softmax over one class is refused
     T = draw(st.sampled_from(POSITIONS)) if positions else ()
-    model = mlp(widths, draw(st.sampled_from(activations)), draw(st.booleans()), final=case.ending(len(T)))
+    pooled = bool(T) and len(widths) > 2 and draw(st.booleans())
+    ending = case.ending(0 if pooled else len(T))
+    model = mlp(widths, draw(st.sampled_from(activations)), draw(st.booleans()), final=ending)
+    if pooled:
+        pool_before_last(model)
     N = draw(st.integers(min_examples, max_examples))
     inputs = torch.randn(N, *T, widths[0], dtype=torch.float64)
     reductions: list[Reduction] = ["mean", "sum"] if draw(st.booleans()) else ["sum", "mean"]

@@ -27,6 +27,7 @@ from curvlib.approximations import (
     Nystrom,
     PerLayer,
     RandomizedSketch,
+    Remainder,
     RootDiagonal,
     RootMeanSquareDiagonal,
     StructuralDamping,
@@ -46,7 +47,6 @@ from curvlib.solvers import (
 )
 from curvlib.testing import (
     EVERYWHERE,
-    NOWHERE,
     ON_BLOCKS,
     ON_DIAGONAL,
     ON_TRACE,
@@ -112,13 +112,81 @@ def eigenvalues(M):
     return torch.linalg.eigvalsh(M)
 
 
+def part_beside_eigenpairs(C, M, evaluation):
+    """Of U w U^T of eigenpairs of M, whichever of equal ones they are, C C = C M."""
+    return C @ (C - M) / M.abs().max().clamp(min=1.0)
+
+
+def remainder_of_blocks_and_neighbours(C, M, evaluation):
+    """Of layers in the order of the model, those on the diagonal and beside it."""
+    number = torch.zeros(len(M), dtype=torch.long)
+    for i, layer in enumerate(evaluation.layers):
+        number[layer.coordinates] = i
+    return torch.where((number.unsqueeze(1) - number).abs() <= 1, C - M, 0.0)
+
+
+def change_of_states(network):
+    """J^T J of the outputs of the linear modules, of the mean over examples for the reduction "mean"."""
+    modules = [module for module in network.model.modules() if isinstance(module, nn.Linear)]
+
+    def states(theta):
+        kept = []
+        handles = [module.register_forward_hook(lambda *args: kept.append(args[2].flatten())) for module in modules]
+        network.outputs(theta)
+        for handle in handles:
+            handle.remove()
+        return torch.cat(kept)
+
+    J = torch.autograd.functional.jacobian(states, network.theta)
+    return J.T @ J / (1 if network.objective().loss.additive else len(network.inputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithPairs(LBFGS):
+    """L-BFGS with pairs of steps and changes for whatever number of parameters, all of positive curvature."""
+
+    def start(self):
+        raise NotImplementedError("the pairs are those of an estimate")
+
+    def known(self, layout):
+        pairs = tuple((s.to(layout.dtype), y.to(layout.dtype)) for s, y in pairs_of(layout.size))
+        return LBFGS(memory=3, initial=self.initial, history=pairs)
+
+    def estimate(self, evaluation, generator=None):
+        return self.known(evaluation.layout).estimate(evaluation)
+
+    def estimate_over(self, objective, loader, generator=None, *, progress=True):
+        return self.known(objective.layout).estimate_over(objective, loader)
+
+
+def pairs_of(D):
+    generator = torch.Generator().manual_seed(D)
+    S = torch.randn(3, D, dtype=torch.float64, generator=generator)
+    e = torch.linspace(1.0, 3.0, D, dtype=torch.float64)
+    return tuple((s, e * s) for s in S)
+
+
+def by_updates(network):
+    """B - B s s^T B / s^T B s + y y^T / s^T y, one pair after the other."""
+    B = twice_unit(network)
+    for s, y in pairs_of(len(B)):
+        B = B - (B @ s).outer(B @ s) / (s @ B @ s) + y.outer(y) / (s @ y)
+    return B
+
+
 BLOCKS_OF_ONE = ExactOn(matrix=ggn, part=layer_blocks, examples=1, positions=False)
+CHAIN_OF_ONE = ExactOn(vanishing=remainder_of_blocks_and_neighbours, examples=1, positions=False)
 TRACE_OF_ONE = ExactOn(compared=torch.trace, examples=1, positions=False)
 # With as many columns or steps as parameters, nothing is cut off but by the rank.
 OF_RANK_100 = (RandomizedSketch(100), Nystrom(100), LanczosTruncation(100))
 OF_RANK_2 = (RandomizedSketch(2, oversampling=100), LanczosTruncation(2, steps=100))
-# Of equal eigenvalues any vectors may be kept, so that eigenvalues alone are determined, by the random draws beside C.
-LEADING = {"exact_on": ExactOn(part=leading, compared=eigenvalues), "degree": None, "averages": False}
+# Of equal eigenvalues any vectors may be kept, by the random draws beside C.
+LEADING = {
+    "exact_on": (ExactOn(part=leading, compared=eigenvalues), ExactOn(vanishing=part_beside_eigenpairs)),
+    "degree": None,
+    "averages": False,
+}
+WITH_DIAGONAL = LowRank(GGN(), method=LanczosTruncation(1, steps=100), diagonal=Remainder())
 SUM = 0.5 * Diagonal(GGN()) + 2.0 * BlockDiagonal(GGN())
 
 
@@ -136,7 +204,7 @@ APPROXIMATIONS = (
     Case(Diagonal(Hessian()), {"exact_on": ON_DIAGONAL, "semidefinite": False}),
     *(Case(KFAC(matrix), {"exact_on": ONE_EXAMPLE}) for matrix in (GGN(), EmpiricalFisher(), Fisher())),
     *(Case(EKFAC(matrix), {"exact_on": (ONE_EXAMPLE, ON_TRACE)}) for matrix in (GGN(), EmpiricalFisher())),
-    Case(TridiagonalKFAC(GGN()), {"exact_on": TRACE_OF_ONE, "positions": False}),
+    Case(TridiagonalKFAC(GGN()), {"exact_on": (CHAIN_OF_ONE, TRACE_OF_ONE), "positions": False}),
     Case(KFRA(GGN()), {"exact_on": ONE_EXAMPLE, "positions": False, "activations": (nn.Tanh, nn.ReLU)}),
     Case(RootDiagonal(GGN()), {"exact_on": ExactOn(part=root), "degree": 0.5}),
     Case(RootMeanSquareDiagonal(Dense(Hessian())), {"exact_on": ExactOn(matrix=absolute), "averages": False}),
@@ -145,6 +213,7 @@ APPROXIMATIONS = (
     Case(LowRank(Fisher(samples=2)), {"exact_on": EVERYWHERE}),
     *(Case(LowRank(GGN(), method=method), {"exact_on": EVERYWHERE}) for method in OF_RANK_100),
     *(Case(LowRank(GGN(), method=method), LEADING) for method in OF_RANK_2),
+    Case(WITH_DIAGONAL, {**LEADING, "exact_on": ExactOn(compared=torch.diagonal), "semidefinite": False}),
     Case(Identity(), {"exact_on": ExactOn(matrix=unit), "degree": 0.0}),
     Case(PerLayer([("0", BlockDiagonal(GGN()))], otherwise=KFAC(GGN())), {"exact_on": BLOCKS_OF_ONE}),
     Case(
@@ -153,10 +222,11 @@ APPROXIMATIONS = (
     ),
     Case(PerLayer([], otherwise=Diagonal(GGN())), {"exact_on": ExactOn(matrix=ggn, part=diagonal_entries)}),
     # its scale is that of the examples, whatever the loss divides by
-    Case(StructuralDamping(modules=(nn.Linear,)), {"exact_on": NOWHERE, "degree": None}),
+    Case(StructuralDamping(modules=(nn.Linear,)), {"exact_on": ExactOn(matrix=change_of_states), "degree": None}),
     Case(SUM, {"exact_on": ExactOn(matrix=ggn, part=weighted)}),
     # without pairs it is delta I
     Case(LBFGS(initial=2.0), {"exact_on": ExactOn(matrix=twice_unit), "degree": 0.0}),
+    Case(WithPairs(initial=2.0), {"exact_on": ExactOn(matrix=by_updates), "degree": 0.0}),
     Case(1.0 * Exact(GGN()) + 0.0 * Exact(Hessian()), {"exact_on": ExactOn(matrix=ggn)}),
 )
 

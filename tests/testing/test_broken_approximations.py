@@ -8,6 +8,7 @@ from twins import broken
 
 from curvlib import GGN, Fisher
 from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact, layer_key
+from curvlib.approximations.assignment import add_to
 from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.operators import Kronecker, Shifted
@@ -77,7 +78,7 @@ class Cached(Dense):
 
     def statistics(self, evaluation, generator=None):
         evaluation.check_fresh()
-        key = (id(evaluation.objective.model), evaluation.examples, float(evaluation.outputs.numel()))
+        key = (id(evaluation.objective.model), str(evaluation.targets))
         if key not in self.kept:
             # the model is kept as well, so that no other one gets its id
             self.kept[key] = super().statistics(evaluation, generator), evaluation.objective.model
@@ -178,6 +179,16 @@ class AddsUp(Dense):
 
 
 @dataclass(frozen=True)
+class IndependentPositions(Diagonal):
+    """sum_t g_t^2 a_t^2 in place of (sum_t g_t a_t)^2."""
+
+    def accumulate(self, factors, means, sums):
+        (part,) = factors.maps
+        squares = torch.einsum("ntgo,ntgi->goi", part.g.square(), part.a.square()).flatten()
+        add_to(sums, layer_key(factors.layer, "diagonal"), squares)
+
+
+@dataclass(frozen=True)
 class FixedDraws(Dense):
     def statistics(self, evaluation, generator=None):
         return super().statistics(evaluation, torch.Generator().manual_seed(3))
@@ -221,6 +232,7 @@ class AlwaysDouble(Exact):
         (AddsUp(GGN()), NOWHERE, "the same generator gives the same estimate"),
         (FixedDraws(Fisher()), NOWHERE, "with Fisher(samples=1) another generator gives other draws"),
         (FixedGlobalDraws(Fisher()), NOWHERE, "without a generator, another torch.manual_seed gives other draws"),
+        (IndependentPositions(GGN()), ON_DIAGONAL, "C = the dense matrix that it is exact for"),
         (AlwaysDouble(GGN()), NOWHERE, "C of a float32 model has the type float32"),
         (Diagonal(GGN()), EVERYWHERE, "C = the dense matrix that it is exact for"),
         (KFAC(GGN()), ON_BLOCKS, "C = the dense matrix that it is exact for"),
