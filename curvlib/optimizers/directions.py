@@ -172,7 +172,7 @@ class _TruncatedState(DirectionState):
         config = self._config
         evaluation = situation.curvature_part(config.fraction, linearize=True)
         operator = config.curvature.estimate(evaluation, situation.generator)
-        cg = config.cg
+        cg = replace(config.cg, stop=config.cg.stop.at(situation.damping_share))
         if self._preconditioner is not None:
             cg = replace(cg, preconditioner=self._preconditioner.inverse(situation)[1])
         regularizer, system = None, operator

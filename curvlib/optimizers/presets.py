@@ -23,15 +23,16 @@ from curvlib.solvers import (
     FactoredTikhonov,
     LevenbergMarquardt,
     MoreSorensen,
-    ProgressTest,
     RadiusControl,
     RatioConvention,
     RelativeFloor,
     RelativeRadius,
     RelativeStart,
     SlopeRatio,
+    StartFloor,
     Steihaug,
     StoppingRule,
+    TighteningTest,
     TrustRegion,
     UndampedRatio,
 )
@@ -108,10 +109,11 @@ def hessian_free(
     """Return Hessian-free optimisation: truncated conjugate gradients, backtracking, a line search, adaptive damping.
 
     Martens 2010; with structural damping, for recurrent networks, Martens & Sutskever 2011 (damping 0.1 at the start).
-    Departures: solves are short, they end when two iterations improve the model by less than a tenth, where Martens
-    looks back over ten for half a percent; lambda is halved and doubled in place of 2/3 and 3/2, and starts at 0.03 of
-    the curvature along the first gradient. With these, networks come to the same loss in a fraction of the gradients
-    (benchmarks/README.md). Martens's own rules are ``stop=ProgressTest()`` and
+    Departures: solves are short, they end when two iterations improve the model by less than a tenth, and by less than
+    a hundredth once lambda has fallen to its floor (``TighteningTest``), where Martens looks back over ten for half a
+    percent; lambda is halved and doubled in place of 2/3 and 3/2, starts at 0.03 of the curvature along the first
+    gradient and does not fall below 1e-4 of its start. With these, networks come to the same loss in a fraction of the
+    gradients, unless training is long (benchmarks/README.md). Martens's own rules are ``stop=ProgressTest()`` and
     ``damping=LevenbergMarquardt.martens(initial=...)``.
 
     Gradient, line search and ratio are of the batch; the curvature is of ``curvature_fraction`` of it, or of
@@ -120,10 +122,10 @@ def hessian_free(
     Args:
         objective: what to minimise.
         curvature: ``Exact(GGN())`` by default.
-        damping: the first lambda, or a whole control.
+        damping: the first lambda, or a whole control, which sets its own floor.
         preconditioner: of the solver: an approximation, whose damped inverse is made anew at each step; or a
             ``Preconditioner(...)``, which says how often, with which solver and from which average; or None.
-        stop: the rule that ends the conjugate gradients of a step.
+        stop: the rule that ends the conjugate gradients of a step, ``TighteningTest()`` by default.
         structural_damping: S of C + lambda (I + mu S), such as ``StructuralDamping()``, or None.
         structural_weight: mu.
         curvature_fraction: part of the batch for the curvature's products.
@@ -137,6 +139,7 @@ def hessian_free(
             LevenbergMarquardt.martens(initial=damping if damping is not None else RelativeStart(0.03)),
             decrease=0.5,
             increase=2.0,
+            floor=StartFloor(1e-4),
         )
     )
     return SecondOrderOptimizer(
@@ -146,7 +149,7 @@ def hessian_free(
             cg=replace(
                 TruncatedNewton().cg,
                 max_iterations=max_iterations,
-                stop=stop if stop is not None else ProgressTest(epsilon=0.05, min_window=2),
+                stop=stop if stop is not None else TighteningTest(),
             ),
             preconditioner=preconditioner,
             fraction=curvature_fraction,

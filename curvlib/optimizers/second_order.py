@@ -167,7 +167,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             situation = Situation(self.objective, batch, evaluation, gradient, 0.0, self._generator)
             situation.gradient_norm, situation.curvature_batch = largest, curvature_batch
             state = self._state if self._state is not None else self._started(situation)
-            situation.damping = state.damping.damping
+            situation.damping, first = state.damping.damping, state.damping.first
+            situation.damping_share = situation.damping / first if first else 1.0
             situation.radius = inf if state.radius is None else state.radius.radius
             before = (self._state, self._previous, self._generator.get_state())
             try:

@@ -33,6 +33,7 @@ class Situation:
         radius: Delta of this step, infinite where there is none.
         curvature_batch: the batch that the curvature is to be made of, None for parts of the step's batch.
         gradient_norm: the largest entry of g, by size.
+        damping_share: lambda over the first lambda; 1 where the control keeps none.
     """
 
     objective: Objective
@@ -44,6 +45,7 @@ class Situation:
     radius: float = inf
     gradient_norm: float = 0.0
     curvature_batch: Batch | None = None
+    damping_share: float = 1.0
     _parts: list[Evaluation] = field(default_factory=list)
     _curvature_parts: dict[float, Evaluation] = field(default_factory=dict)
 

@@ -45,6 +45,7 @@ from curvlib.solvers.solution import (
     StoppingRule,
     WarnAtLimit,
 )
+from curvlib.solvers.tightening import TighteningTest
 
 __all__ = [
     "CG",
@@ -99,6 +100,7 @@ __all__ = [
     "StochasticOperatorError",
     "StoppingRule",
     "Subproblem",
+    "TighteningTest",
     "TraceNormPi",
     "TrustRegion",
     "TwoDimensionalSubspace",

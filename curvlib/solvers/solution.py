@@ -196,6 +196,10 @@ class StoppingRule(ABC):
     def satisfied(self, progress: Progress) -> Bool[Tensor, " K"]:
         """Return where the iterate is good enough."""
 
+    def at(self, damping_share: float) -> StoppingRule:
+        """Return the rule of a solve within training, for its damping over the first one. Default: the same."""
+        return self
+
     def residual_target(self, rhs_norm: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
         """Return the |b - A x| that the rule guarantees; infinity (the default) where it guarantees none."""
         return torch.full_like(rhs_norm, float("inf"))

@@ -25,6 +25,7 @@ from curvlib.solvers.solution import (
     Status,
     StoppingRule,
 )
+from curvlib.solvers.tightening import TighteningTest
 
 TIGHT = ResidualTest(relative=1e-12)
 dampings = st.sampled_from([0.0, 1e-3, 1.0])
@@ -243,7 +244,7 @@ def test_a_restart_keeps_count():
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(often.iterates, rarely.iterates, strict=True))
 
 
-@pytest.mark.parametrize("rule", [ResidualTest(), ResidualTest(relative=0.0), ProgressTest()])
+@pytest.mark.parametrize("rule", [ResidualTest(), ResidualTest(relative=0.0), ProgressTest(), TighteningTest()])
 @pytest.mark.parametrize("start", [None, torch.ones(4, dtype=torch.float64)])
 def test_zero_right_hand_side(rule, start):
     solution = CG(stop=rule)(Dense(spd(0, 4)), 0.0).solve(torch.zeros(4, dtype=torch.float64), x0=start)
@@ -522,6 +523,10 @@ def test_damping_of_another_type_is_refused(damping):
         lambda: ProgressTest(epsilon=0.0),
         lambda: ProgressTest(min_window=0),
         lambda: ProgressTest(fraction=1.0),
+        lambda: TighteningTest(epsilon=0.0),
+        lambda: TighteningTest(tightest=0.0),
+        lambda: TighteningTest(power=-1.0),
+        lambda: TighteningTest(epsilon=0.1, tightest=0.2),
         lambda: IterateGrid(base=1.0),
         lambda: CG(preconditioner=Diagonal(torch.ones(4)))(Diagonal(torch.ones(3)), 0.0),
         lambda: CG(preconditioner=Diagonal(torch.ones(3).double()))(Diagonal(torch.ones(3)), 0.0),
