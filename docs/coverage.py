@@ -183,7 +183,8 @@ def cell(row: Row, matrix: object, layer: str) -> str:
     if row.own_matrix:
         return "-"
     if row.own_draws and matrix.draws:
-        return "other draws"
+        kind = "exact" if cell(row, GGN(), layer) == "exact" else "approximate"
+        return f"{kind}, other draws"
     return judged(C, _dense(matrix, layer), _kept(row.partition, layer))
 
 
@@ -282,9 +283,9 @@ by plain automatic differentiation beside it. "exact" is the whole matrix; "exac
 that matrix inside the blocks of the approximation's own partition (layers, where it has no other), or on its diagonal,
 and zero elsewhere; a number is the relative error in the Frobenius norm, of the whole matrix, 0.01 at
 least; "refused" is an error that says why; "-" is no approximation of the matrix. One draw of labels for `Fisher`, the
-same for both sides ("other draws" where an approximation draws in another order). Errors of approximations depend on
-network and data: on these small ones they say that a cell is not exact, not how good it is. Names are shortened: `KFAC`
-is `KFAC(matrix)`.
+same for both sides, but for "other draws", where an approximation draws in another order and is exact or approximate as
+for `GGN`. Errors of approximations depend on network and data: on these small ones they say that a cell is not exact,
+not how good it is. Names are shortened: `KFAC` is `KFAC(matrix)`.
 
 {tables}
 

@@ -13,6 +13,7 @@ from curvlib.approximations import (
     KFRA,
     LBFGS,
     BlockDiagonal,
+    ByGroups,
     ByLayer,
     ByOutputUnit,
     ByParameter,
@@ -30,6 +31,7 @@ from curvlib.approximations import (
     PerLayer,
     RandomizedSketch,
     Reduce,
+    Remainder,
     RootDiagonal,
     RootMeanSquareDiagonal,
     StructuralDamping,
@@ -97,15 +99,15 @@ def _sharing(strategy: approximations.WeightSharing) -> Callable[[object], appro
     return lambda matrix: KFAC(matrix, weight_sharing=strategy)
 
 
-def _low_rank(method: approximations.LowRankMethod) -> Row:
+def _low_rank(method: approximations.LowRankMethod, diagonal: Remainder | None = None) -> Row:
+    more = "" if diagonal is None else f", diagonal={diagonal!r}"
+    products = {Nystrom: "l products", RandomizedSketch: "4 l products", LanczosTruncation: "2 r + 10 products"}
     return Row(
-        name=f"LowRank(method={method.__class__.__name__}(rank=5))",
-        make=lambda matrix: LowRank(matrix, method=method),
+        name=f"LowRank(method={method.__class__.__name__}(rank=5){more})",
+        make=lambda matrix: LowRank(matrix, method=method, diagonal=diagonal),
         memory="D (r + 1) + r",
         numbers=lambda s: 6 * s.D + 5,
-        time={Nystrom: "l products", RandomizedSketch: "4 l products", LanczosTruncation: "2 r + 10 products"}[
-            type(method)
-        ],
+        time=products[type(method)] + ("" if diagonal is None else "; V N D; of `Hessian` D products"),
         own_draws=True,
     )
 
@@ -136,6 +138,13 @@ ROWS = (
         numbers=lambda s: sum(d_o * d_i**2 for d_i, d_o in s.layers),
         time="V N d_o d_i^2; of `Hessian` D products",
         partition=ByOutputUnit(),
+    ),
+    Row(
+        name='BlockDiagonal(partition=ByGroups([["*"]]))',
+        make=_blocks(partition=ByGroups([["*"]])),
+        memory="D^2",
+        numbers=lambda s: s.D**2,
+        time="V N D^2; of `Hessian` D products",
     ),
     Row(
         name="BlockDiagonal(blocks=LowRankBlocks(rank=3))",
@@ -229,6 +238,7 @@ ROWS = (
     _low_rank(Nystrom(rank=5)),
     _low_rank(RandomizedSketch(rank=5)),
     _low_rank(LanczosTruncation(rank=5)),
+    _low_rank(LanczosTruncation(rank=5), Remainder()),
     Row(
         name="0.5 * KFAC(...) + 0.5 * Diagonal(...)",
         make=lambda matrix: 0.5 * KFAC(matrix) + 0.5 * Diagonal(matrix),

@@ -13,7 +13,9 @@ import curvlib
 from curvlib import GGN, Fisher
 from curvlib.approximations import BlockDiagonal, Dense, MovingAverage
 from curvlib.operators import BlockDiagonal as BlockDiagonalOperator
+from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.solvers import damped_inverse
+from curvlib.testing import IdentityError, check_solver
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
@@ -102,6 +104,15 @@ def test_the_solver(guide, oracle):
     assert errors[-1] < 1e-6 * float(exact.norm())
     assert guide["first"].accepted
     assert curvlib.Objective(guide["model"], guide["objective"].loss).value(guide["batch"]) < guide["first"].loss
+
+
+def test_the_sketch_of_a_solver_fails_its_suite_at_small_dampings_until_it_has_enough_steps(guide):
+    with pytest.raises(IdentityError, match=r"X @ b = \(C \+ lambda I\)\^-1 b"):
+        check_solver(guide["Richardson"](iterations=3000))
+    C, b = DiagonalOperator(torch.tensor([1.0, 0.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
+    for n, least, most in ((3000, 1e-2, 1.0), (20_000, 0.0, 1e-8)):
+        x = guide["Richardson"](iterations=n)(C, 1e-3) @ b
+        assert least <= abs(float(x[1]) * 1e-3 - 1) < most
 
 
 def test_the_operator(guide):

@@ -178,8 +178,8 @@ def _subject_maker(
         if given:
             flags = ", ".join(_flag(context, key) for key in given)
             raise ExperimentError(
-                f"{flags} is for the built-in problems, and --model {model} was given: train the model inside its "
-                "function."
+                f"{flags} is for the built-in problems, and --model {model} was given: its function trains "
+                "the model, and returns the batch whose examples the curvature is of."
             )
         function = find_function(model)
         return lambda report: own_model(model, function, request["seed"], device, check)

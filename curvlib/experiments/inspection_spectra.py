@@ -41,7 +41,9 @@ def spectra(inspected: Inspected, exact: Looked) -> bytes:
     signs = False
     for (name, looked), style in zip(curves, _line_styles(), strict=False):
         values = looked.eigenvalues.numpy()
-        axes.plot(1 + np.arange(len(values)), np.where(values > 0, values, np.nan), label=name, **style)
+        # a line of one point is not seen
+        marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+        axes.plot(1 + np.arange(len(values)), np.where(values > 0, values, np.nan), label=name, **style, **marker)
         negative = np.flatnonzero(values < -looked.rounding)
         signs = signs or len(negative) > 0
         axes.plot(1 + negative, -values[negative], linestyle="none", marker=".", markersize=3, color=style["color"])

@@ -13,8 +13,9 @@ _WIDTH_WITHOUT_TERMINAL = 140
 
 def console_of_command() -> Console:
     """Return the console, wide enough for tables where there is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+    # names of users, such as "my_models:one:two", hold no codes of emoji
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL, emoji=False)
 
 
 def device_named(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from curvlib.approximations import Approximation, MovingAverage, StatisticalAppr
 from curvlib.testing.estimates import CLOSE, Estimates
 from curvlib.testing.exact_cases import check_exact, check_sphere, fixed_networks
 from curvlib.testing.exactness import ExactOn, itself
-from curvlib.testing.identities import Outcome, Subject, UntestedWarning
+from curvlib.testing.identities import Outcome, Subject, UntestedWarning, described
 from curvlib.testing.losses import LOSSES
 from curvlib.testing.networks import ACTIVATIONS, networks
 from curvlib.testing.operator_suite import check_operator
@@ -76,6 +76,7 @@ def check_approximation(
         What was tested, and what was not; ``print`` it.
 
     Raises:
+        TypeError: this is no approximation.
         IdentityError: an identity breaks, with the smallest network that was found.
 
     Warns:
@@ -88,6 +89,10 @@ def check_approximation(
         >>> outcome.untested
         ()
     """
+    if not isinstance(approximation, Approximation):
+        raise TypeError(
+            f"check_approximation needs an approximation, such as Diagonal(GGN()), got {described(approximation)}."
+        )
     subject = Subject(repr(approximation))
     exact = _claimed(exact_on)
     with torch.random.fork_rng(devices=[]):

@@ -168,6 +168,11 @@ class Subject:
         raise IdentityError(self.name, identity, problem)
 
 
+def described(given: object) -> str:
+    """Return in words what was given in place of an instance."""
+    return f"the class {given.__name__}: give an instance" if isinstance(given, type) else f"{given!r}"
+
+
 def _shown(x: Tensor) -> str:
     """Return a tensor in words, of a large one its corner alone."""
     if x.numel() <= 64:

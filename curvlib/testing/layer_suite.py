@@ -20,7 +20,7 @@ from curvlib import GGN
 from curvlib.approximations import BlockDiagonal, Diagonal
 from curvlib.extensions import DenseFactors, Layer, LayerFactors
 from curvlib.objective import Evaluation
-from curvlib.testing.identities import Subject
+from curvlib.testing.identities import Subject, described
 from curvlib.testing.layers import LayerCase
 from curvlib.testing.oracles import Network
 from curvlib.testing.search import search
@@ -50,6 +50,8 @@ def check_layer(module: nn.Module | SearchStrategy, inputs: Any = None, *, examp
     Example:
         >>> check_layer(nn.Linear(3, 2), torch.randn(4, 3))
     """
+    if not isinstance(module, (nn.Module, SearchStrategy)):
+        raise TypeError(f"check_layer needs a module, such as nn.Linear(3, 2), got {described(module)}.")
     cases = module if isinstance(module, SearchStrategy) else st.just(LayerCase(module, inputs))
 
     def check(case: LayerCase) -> None:

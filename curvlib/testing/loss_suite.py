@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvlib import OutputLoss
 from curvlib.output_losses import output_loss
-from curvlib.testing.identities import Subject
+from curvlib.testing.identities import Subject, described
 from curvlib.testing.losses import LossCase
 from curvlib.testing.search import search
 
@@ -45,6 +45,8 @@ def check_loss(case: LossCase, *, examples: int = 20, draws: int = 3000) -> None
         >>> case = LossCase("squares", lambda z, reduction: nn.MSELoss(reduction=reduction), torch.randn_like)
         >>> check_loss(case, examples=5)
     """
+    if not isinstance(case, LossCase):
+        raise TypeError(f"check_loss needs a LossCase, a loss with its targets, got {described(case)}.")
     subject = Subject(f"the loss {case.name!r}")
 
     def check(given: tuple[tuple[int, ...], int]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvlib.operators import Diagonal, Identity, LinearOperator, OperatorError, operator_from_state_dict
 from curvlib.solvers import SolveError, damped_inverse, eigendecompose
-from curvlib.testing.identities import Subject, rounding
+from curvlib.testing.identities import Subject, described, rounding
 from curvlib.testing.numbers import Draw, draw
 from curvlib.testing.search import search
 
@@ -55,12 +55,18 @@ def check_operator(
         examples: how many operators are drawn.
 
     Raises:
+        TypeError: this is no operator.
         IdentityError: an identity breaks, with the smallest input that was found.
 
     Example:
         >>> from curvlib.operators import Dense
         >>> check_operator(Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), semidefinite=True)
     """
+    if not isinstance(operator, (LinearOperator, SearchStrategy)):
+        raise TypeError(
+            "check_operator needs an operator or a strategy of operators, such as Dense(torch.eye(3)) or "
+            f"draws().map(make), got {described(operator)}."
+        )
     if isinstance(operator, LinearOperator):
         pairs, examples = st.just((operator, dense)), min(examples, _EXAMPLES_OF_ONE)
     else:

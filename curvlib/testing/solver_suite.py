@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.operators import Dense, Diagonal, LinearOperator, LowRank, MatrixFree
-from curvlib.testing.identities import Subject
+from curvlib.testing.identities import Subject, described
 from curvlib.testing.numbers import draw, semidefinite_matrices
 from curvlib.testing.search import search
 
@@ -60,6 +60,11 @@ def check_solver(
         >>> from curvlib.solvers import damped_inverse
         >>> check_solver(damped_inverse, examples=5)
     """
+    if not callable(solver) or isinstance(solver, type):
+        raise TypeError(
+            f"check_solver needs a function of (operator, damping), or an instance such as CG(), "
+            f"got {described(solver)}."
+        )
     name = solver if hasattr(solver, "__dataclass_fields__") else getattr(solver, "__name__", solver)
     subject = Subject(f"the solver {name}")
     drawn = _operators() if operators is None else operators

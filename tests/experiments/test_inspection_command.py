@@ -23,6 +23,7 @@ from curvlib.experiments.inspection_figures import heat_maps
 from curvlib.experiments.inspection_folder import InspectionFolder
 from curvlib.experiments.inspection_selection import Region, Selection
 from curvlib.experiments.inspection_subject import trained
+from curvlib.experiments.terminal import console_of_command
 
 SMALL = ("--layers", "4,10", "--examples", 60, "--steps", 3, "--batch-size", 50)
 TINY = (Path(__file__).parent / "inspected_models.py").read_text()
@@ -265,6 +266,7 @@ BAD = {
     "set": (("--set", "lr"), "--set needs OPTION=VALUE, such as lr=0.05"),
     "set unknown": (("--set", "lr=1"), "Unknown option kfac.lr"),
     "data": (("--problem", "mnist-small-classifier"), "--data DIR"),
+    "model and examples": (("--model", "a:b", "--examples", 3), "returns the batch whose examples the curvature is of"),
     "model and problem": (("--model", "a:b", "--steps", 3, "--method", "sgd"), "--method, --steps is for the built-in"),
 }
 
@@ -396,6 +398,11 @@ def test_small_mnist_averages_squares_of_four_pixels(monkeypatch):
     small = train.pixels.view(3, 16, 16)
     assert float(small[:, 0].abs().max()) == 0
     torch.testing.assert_close(small[:, 1:15, 1:15], image.view(3, 14, 2, 14, 2).mean(dim=(2, 4)))
+
+
+def test_names_of_models_are_no_emoji(capsys):
+    console_of_command().print("my_models:one: a loss", ":one:")
+    assert "my_models:one: a loss :one:" in capsys.readouterr().out
 
 
 def test_a_linear_model_is_one_layer(tmp_path, monkeypatch):

@@ -119,6 +119,15 @@ def drawn_negatives(monkeypatch, seen):
     return [line.get_ydata() for line in axes.lines if line.get_marker() == "." and len(line.get_ydata())], axes
 
 
+def test_a_spectrum_of_one_point_has_a_marker(monkeypatch):
+    model = torch.nn.Linear(1, 1, bias=False)
+    one = curvlib.Objective(model, torch.nn.MSELoss()).at((torch.ones(3, 1), torch.zeros(3, 1)))
+    for given, marked in (((one,), True), ((), False)):
+        _, axes = drawn_negatives(monkeypatch, looked_at(*given, approximations=("kfac",)))
+        curves = [line for line in axes.lines if line.get_label() in ("exact", "kfac")]
+        assert [line.get_marker() == "o" for line in curves] == [marked, marked]
+
+
 def test_rounding_errors_are_not_drawn_as_negative_eigenvalues(monkeypatch):
     model, loss, (inputs, targets) = tiny()
     single = curvlib.Objective(model.float(), loss).at((inputs.float(), targets))

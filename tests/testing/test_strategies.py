@@ -12,11 +12,12 @@ import curvlib.testing
 from curvlib import GGN
 from curvlib.approximations import Diagonal
 from curvlib.operators import Dense
-from curvlib.solvers import damped_inverse
+from curvlib.solvers import CG, damped_inverse
 from curvlib.testing import (
     NOWHERE,
     check_approximation,
     check_layer,
+    check_loss,
     check_operator,
     check_solver,
     draw,
@@ -107,6 +108,24 @@ def test_everything_that_is_exported_is_described():
         assert hasattr(curvlib.testing, name)
         member = getattr(curvlib.testing, name)
         assert not callable(member) or member.__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "words"),
+    [
+        (check_operator, torch.eye(3), "needs an operator .* got tensor"),
+        (check_operator, Dense, "the class Dense: give an instance"),
+        (check_approximation, Diagonal, "needs an approximation, .* the class Diagonal: give an instance"),
+        (check_layer, nn.Linear, "needs a module, .* the class Linear: give an instance"),
+        (check_loss, nn.MSELoss(), r"needs a LossCase, .* got MSELoss\(\)"),
+        (check_solver, CG, "the class CG: give an instance"),
+        (check_solver, 0.1, r"needs a function of \(operator, damping\), .* got 0.1"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
+)
+def test_what_a_suite_is_not_for_is_refused_by_name(check, given, words):
+    with pytest.raises(TypeError, match=f"{check.__name__} .*{words}"):
+        check(given)
 
 
 def test_random_numbers_are_as_before():
