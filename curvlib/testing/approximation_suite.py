@@ -98,6 +98,7 @@ def check_approximation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         known = Estimates(approximation, subject, fixed_networks()[0])
+        _finite(known)  # NaN would differ from itself, and break the first comparison
         draws_are_of_the_generator(known)
     claims = _Claims(semidefinite, degree, averages and not known.random, known.random)
 
@@ -158,13 +159,17 @@ def _matrix(one: Estimates, claims: _Claims) -> None:
     C, D, subject = one.C, len(one.network.theta), one.subject
     subject.holds("C is (D, D)", C.shape == (D, D), f"expected {(D, D)}, got {tuple(C.shape)}")
     subject.holds("C has the parameters' dtype", C.dtype == one.network.theta.dtype, f"got {C.dtype}")
-    subject.holds("C is finite", bool(C.isfinite().all()), f"got {C}")
+    _finite(one)
     one.equal("C = C^T", C, C.T)
     if claims.semidefinite:
         lowest = float(torch.linalg.eigvalsh(C).min())
         # an eigenvalue has at most the error of the whole matrix
         subject.holds("no eigenvalue is negative", lowest >= -CLOSE * one.size * D, f"the smallest is {lowest:.3g}")
     one.subject.same("the same generator gives the same estimate", one.dense, C)
+
+
+def _finite(one: Estimates) -> None:
+    one.subject.holds("C is finite", bool(one.C.isfinite().all()), f"got {one.C}")
 
 
 def _scale(one: Estimates, claims: _Claims) -> None:
@@ -229,6 +234,7 @@ def split(network: Network) -> list[tuple[Tensor, Tensor | tuple[Tensor, ...]]]:
 
 
 def _nothing_else_changes(one: Estimates, claims: _Claims) -> None:
+    one.before.compare(one.subject, "an estimate")
     for parameter in one.network.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = Snapshot(one.network.model)

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlib.approximations import Approximation
 from curvlib.testing.identities import Subject
 from curvlib.testing.oracles import Network
+from curvlib.testing.unchanged import Snapshot
 
 # float64 sums of a few hundred products, with room for eigenvectors and large logits.
 CLOSE = 1e-9
@@ -22,6 +23,8 @@ class Estimates:
         self.approximation, self.subject, self.network = approximation, subject, network
         self.objective = network.objective()
         self.evaluation = self.objective.at(network.batch)
+        # what the first estimate leaves behind, later ones find there
+        self.before = Snapshot(network.model)
         self.C = self.dense()
         self.size = max(1.0, float(self.C.abs().max()))
         # beyond rounding, which draws that cancel may change

@@ -6,12 +6,13 @@ import pytest
 import torch
 from twins import broken
 
-from curvlib import GGN, Fisher
+from curvlib import GGN, Fisher, Hessian
 from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact, layer_key
 from curvlib.approximations.assignment import add_to
+from curvlib.approximations.description import Description
 from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import Diagonal as DiagonalOperator
-from curvlib.operators import Kronecker, Shifted
+from curvlib.operators import Kronecker, MatrixFree, Shifted
 from curvlib.testing import (
     EVERYWHERE,
     NOWHERE,
@@ -116,6 +117,20 @@ class LeavesHooks(Diagonal):
 
 
 @dataclass(frozen=True)
+class LeavesItsMode(Diagonal):
+    def statistics(self, evaluation, generator=None):
+        evaluation.objective.model.eval()
+        return super().statistics(evaluation, generator)
+
+
+@dataclass(frozen=True)
+class LeavesNotes(Diagonal):
+    def statistics(self, evaluation, generator=None):
+        evaluation.objective.model.estimated = True
+        return super().statistics(evaluation, generator)
+
+
+@dataclass(frozen=True)
 class TooLarge(KFAC):
     def operator_of_loss(self, objective, statistics):
         return 1.05 * super().operator_of_loss(objective, statistics)
@@ -203,6 +218,78 @@ class FixedGlobalDraws(Dense):
 
 
 @dataclass(frozen=True)
+class OneMore(Exact):
+    """A row and a column too many."""
+
+    def estimate(self, evaluation, generator=None):
+        return DenseOperator(torch.block_diag(super().estimate(evaluation, generator).to_dense(), torch.ones(1, 1)))
+
+
+@dataclass(frozen=True)
+class NotFinite(Exact):
+    def estimate(self, evaluation, generator=None):
+        C = super().estimate(evaluation, generator)
+        return MatrixFree(lambda V: (C @ V) / torch.zeros(()), C.size, C.dtype)
+
+
+@dataclass(frozen=True)
+class LastBatch(Exact):
+    def estimate_over(self, objective, loader, generator=None, *, progress=True):
+        return self.estimate(objective.at(list(loader)[-1]), generator)
+
+
+@dataclass(frozen=True)
+class TurnedOverBatches(Exact):
+    def estimate_over(self, objective, loader, generator=None, *, progress=True):
+        C = super().estimate_over(objective, loader, generator, progress=progress).to_dense()
+        return MatrixFree(lambda V: C @ V + V.cumsum(0) - V, len(C), C.dtype)
+
+
+@dataclass(frozen=True)
+class NotBySteps(Dense):
+    """Statistics and operator of a running average are not those of an estimate."""
+
+    def operator(self, objective, statistics):
+        return 1.1 * super().operator(objective, statistics)
+
+    def estimate(self, evaluation, generator=None):
+        return Dense(self.matrix).estimate(evaluation, generator)
+
+    def estimate_over(self, objective, loader, generator=None, *, progress=True):
+        return Dense(self.matrix).estimate_over(objective, loader, generator, progress=progress)
+
+
+@dataclass(frozen=True)
+class DescribesTheFirst(Dense):
+    def describe(self, objective, plan=None):
+        rows = super().describe(objective, plan).rows
+        return Description(repr(self), rows[:1])
+
+
+@dataclass(frozen=True)
+class Rounded(Exact):
+    """Of float32 models, half of the digits."""
+
+    def estimate(self, evaluation, generator=None):
+        C = super().estimate(evaluation, generator).to_dense()
+        return DenseOperator(C.bfloat16().float() if C.dtype == torch.float32 else C)
+
+
+@dataclass(frozen=True)
+class NamesNothing(Exact):
+    def __post_init__(self):
+        if self.matrix == Hessian():
+            raise ValueError("unknown")
+
+
+@dataclass(frozen=True)
+class UsesGlobalDraws(Exact):
+    def estimate(self, evaluation, generator=None):
+        torch.rand(1)
+        return super().estimate(evaluation, generator)
+
+
+@dataclass(frozen=True)
 class AlwaysDouble(Exact):
     def estimate(self, evaluation, generator=None):
         return DenseOperator(super().estimate(evaluation, generator).to_dense().double())
@@ -222,6 +309,8 @@ class AlwaysDouble(Exact):
         (IgnoresTheGenerator(Fisher()), EVERYWHERE, "the same generator gives the same estimate"),
         (WritesGradients(GGN()), ON_DIAGONAL, "an estimate leaves the gradient of"),
         (LeavesHooks(GGN()), ON_DIAGONAL, "an estimate leaves the hooks of the model as it was"),
+        (LeavesItsMode(GGN()), ON_DIAGONAL, "an estimate leaves the mode of"),
+        (LeavesNotes(GGN()), ON_DIAGONAL, "an estimate leaves the attributes of the model as it was"),
         (TooLarge(GGN()), NOWHERE, "a multiple c I of the identity, C = c^degree I"),
         (LaterLayersTwice(GGN()), NOWHERE, "a multiple c I of the identity, the diagonal of C is c^degree"),
         (WithoutBias(GGN()), NOWHERE, "a multiple c I of the identity, C = c^degree I"),
@@ -233,6 +322,15 @@ class AlwaysDouble(Exact):
         (FixedDraws(Fisher()), NOWHERE, "with Fisher(samples=1) another generator gives other draws"),
         (FixedGlobalDraws(Fisher()), NOWHERE, "without a generator, another torch.manual_seed gives other draws"),
         (IndependentPositions(GGN()), ON_DIAGONAL, "C = the dense matrix that it is exact for"),
+        (OneMore(GGN()), NOWHERE, "C is (D, D)"),
+        (NotFinite(GGN()), NOWHERE, "C is finite"),
+        (LastBatch(GGN()), NOWHERE, "estimate_over(batches) = estimate of all of them at once"),
+        (TurnedOverBatches(GGN()), NOWHERE, "estimate_over(batches) = its transpose"),
+        (NotBySteps(GGN()), NOWHERE, "MovingAverage of equal batches = estimate"),
+        (DescribesTheFirst(GGN()), NOWHERE, "describe names every parameter once"),
+        (Rounded(GGN()), NOWHERE, "C in float32 = C in float64 up to rounding"),
+        (NamesNothing(GGN()), NOWHERE, "Hessian() gives a symmetric estimate or is refused by name"),
+        (UsesGlobalDraws(GGN()), NOWHERE, "with a generator, global random numbers are not used"),
         (AlwaysDouble(GGN()), NOWHERE, "C of a float32 model has the type float32"),
         (Diagonal(GGN()), EVERYWHERE, "C = the dense matrix that it is exact for"),
         (KFAC(GGN()), ON_BLOCKS, "C = the dense matrix that it is exact for"),

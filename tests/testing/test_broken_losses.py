@@ -30,6 +30,11 @@ class WrongProduct(Squares):
         return lambda V: 2.0 * V * self.scale(outputs, targets)
 
 
+class WrongDirectProduct(Squares):
+    def hessian_product(self, outputs, targets, V):
+        return -V * self.scale(outputs, targets)
+
+
 class WrongRoot(Squares):
     def hessian_sqrt(self, outputs, targets):
         yield from (0.5**0.5 * v for v in super().hessian_sqrt(outputs, targets))
@@ -111,6 +116,7 @@ class StaleHessian(Quartic):
         (GradientOfSum, "gradient = dL/dz"),
         (WrongProduct, "linearize(z, y)(V) = H V"),
         (Transposes, "linearize(z, y)(V) = H V"),
+        (WrongDirectProduct, "hessian_product(z, y, V) = H V"),
         (WrongRoot, "sum_k v_k v_k^T = H_n"),
         (BiasedDraws, "E[v_n v_n^T] = H_n for drawn gradients v (mean)"),
         (AtTrainingLabels, "drawn gradients have mean zero"),

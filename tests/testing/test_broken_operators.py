@@ -9,7 +9,7 @@ from twins import broken, name
 
 from curvlib.operators import Dense as DenseOperator
 from curvlib.operators import LinearOperator, LowRank
-from curvlib.solvers import damped_inverse
+from curvlib.solvers import damped_inverse, eigendecompose
 from curvlib.testing import check_operator, draws
 
 
@@ -136,6 +136,71 @@ class LogOfAbsolute(Matrix):
         return torch.linalg.slogdet(self.matrix + damping * torch.eye(self.size, dtype=self.dtype)).logabsdet
 
 
+class OfAllEntries(Matrix):
+    def frobenius_norm(self):
+        return self.matrix.abs().sum()
+
+
+class ToAnother(Matrix):
+    def to_scipy(self):
+        return (2.0 * self).to_scipy()
+
+
+class ShiftedDiagonal(Matrix):
+    def diagonal(self):
+        return super().diagonal() + 1.0
+
+
+class AbsoluteEigenvalues(Matrix):
+    def spectrum(self):
+        return torch.linalg.eigvalsh(self.matrix).abs()
+
+
+class LogOfTrace(Matrix):
+    def logdet(self, damping=0.0):
+        torch.linalg.cholesky(self.matrix + damping * torch.eye(self.size, dtype=self.dtype))
+        return (self.matrix.diagonal() + damping).log().sum()
+
+
+class SavesHalf(Matrix):
+    def state_dict(self):
+        state = super().state_dict()
+        return {**state, "fields": {"matrix": self.matrix.half().to(self.dtype)}}
+
+
+class FirstColumnOfForm(Matrix):
+    """Right for one vector."""
+
+    def quadratic_form(self, V):
+        return super().quadratic_form(V) if V.ndim == 1 else torch.diag(super().quadratic_form(V).diagonal())
+
+
+class OfStrides(Matrix):
+    """Reads the memory of its argument as if rows followed one another."""
+
+    def matmat(self, V):
+        memory = torch.as_strided(V, V.shape, (V.shape[1], 1), V.storage_offset())
+        return self.matrix @ (memory if V.shape[1] == 3 else V)
+
+
+@dataclass(eq=False, repr=False)
+class CanBeWrittenTo(LinearOperator):
+    matrix: torch.Tensor
+    size = property(lambda self: len(self.matrix))
+    dtype = property(lambda self: self.matrix.dtype)
+    matmat = Matrix.matmat
+
+
+class OfLeadingEigenvalues(Matrix):
+    pass
+
+
+@eigendecompose.register(OfLeadingEigenvalues)
+def _(operator):
+    M = operator.matrix
+    return eigendecompose(DenseOperator(M + 0.1 * torch.eye(len(M), dtype=M.dtype)))
+
+
 class OfAnySign(Matrix):
     pass
 
@@ -164,6 +229,16 @@ def _(operator, damping):
         (AlongTheLast, "C.apply_along(X, 0) = C on the first one"),
         (InFloat32, "C.to_dense() = the matrix of the products"),
         (LogOfAbsolute, "C.logdet(lambda) refuses a C + lambda I with a negative eigenvalue"),
+        (OfAllEntries, "C.frobenius_norm() = |C|_F"),
+        (ToAnother, "C.to_scipy() @ v = C @ v"),
+        (ShiftedDiagonal, "C.diagonal() = diagonal of the matrix"),
+        (AbsoluteEigenvalues, "C.spectrum() = eigenvalues of the matrix"),
+        (LogOfTrace, "C.logdet(lambda) = sum of log(e + lambda)"),
+        (SavesHalf, "operator_from_state_dict(C.state_dict()) = C"),
+        (FirstColumnOfForm, "C.quadratic_form(V) = V^T C V"),
+        (OfStrides, "C @ V does not depend on strides"),
+        (CanBeWrittenTo, "an operator is a frozen value"),
+        (OfLeadingEigenvalues, "eigendecompose(C) = C"),
         (OfAnySign, "damped_inverse(C, lambda) refuses a C + lambda I with a negative eigenvalue"),
     ],
     ids=name,
