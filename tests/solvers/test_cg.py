@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from math import ceil
 
-import numpy as np
 import pytest
-import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_systems import EveryIterate, normal, spd
 
 from curvlib.operators import Dense, Diagonal, LinearOperator, MatrixFree
 from curvlib.solvers import damped_inverse
@@ -16,14 +15,10 @@ from curvlib.solvers.cg import CG
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.minres import MINRES
 from curvlib.solvers.solution import (
-    ConvergenceWarning,
     IterateGrid,
-    LimitAction,
     ProgressTest,
-    RaiseAtLimit,
     ResidualTest,
     Status,
-    StoppingRule,
 )
 from curvlib.solvers.tightening import TighteningTest
 
@@ -31,19 +26,6 @@ TIGHT = ResidualTest(relative=1e-12)
 dampings = st.sampled_from([0.0, 1e-3, 1.0])
 sizes = st.integers(1, 25)
 seeds = st.integers(0, 2**31)
-
-
-def spd(seed, size, condition=1e3, dtype=torch.float64):
-    """A matrix with logarithmically spaced eigenvalues from 1 / condition to 1."""
-    generator = torch.Generator().manual_seed(seed)
-    Q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    eigenvalues = torch.logspace(0, -np.log10(condition), size, dtype=torch.float64)
-    matrix = Q * eigenvalues @ Q.T
-    return (0.5 * (matrix + matrix.T)).to(dtype)
-
-
-def normal(seed, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,89 +55,6 @@ def test_solution_is_that_of_the_dense_system(seed, size, columns, damping):
     torch.testing.assert_close(solution.residual_norm, true, rtol=1e-3, atol=1e-13)
     phi = 0.5 * (solution.x * (A @ solution.x)).sum(0) - (B * solution.x).sum(0)
     torch.testing.assert_close(solution.model_value, phi, rtol=1e-8, atol=1e-12)
-
-
-def _scipy_iterations(A, b, tolerance, P=None):
-    count = 0
-
-    def seen(_):
-        nonlocal count
-        count += 1
-
-    M = None if P is None else np.diag(P.numpy())
-    scipy.sparse.linalg.cg(A.numpy(), b.numpy(), rtol=tolerance, maxiter=20_000, callback=seen, M=M)
-    return count
-
-
-@given(
-    seeds,
-    st.sampled_from([1, 2, 4, 11, 60, 90]),
-    st.floats(0.5, 9.0),
-    dampings,
-    st.sampled_from([1e-2, 1e-4, 1e-6]),
-    st.booleans(),
-    st.sampled_from([1, 7]),
-)
-@settings(max_examples=60)
-def test_never_more_iterations_than_scipy(seed, size, exponent, damping, tolerance, precondition, check_every):
-    C, b = spd(seed, size, condition=10.0**exponent), normal(seed, size)
-    A = C + damping * torch.eye(size, dtype=C.dtype)
-    P = 1.0 / A.diagonal() if precondition else None
-    solution = CG(
-        stop=ResidualTest(relative=tolerance),
-        max_iterations=20_000,
-        check_every=check_every,
-        preconditioner=None if P is None else Diagonal(P),
-    )(Dense(C), damping).solve(b)
-    assert solution.iterations <= min(size, _scipy_iterations(A, b, tolerance, P))
-    assert float(solution.residual_norm) <= tolerance * (1 + 1e-6)
-
-
-def _laplacian(size):
-    return 2 * torch.eye(size, dtype=torch.float64) - torch.diag(torch.ones(size - 1).double(), 1) - torch.diag(
-        torch.ones(size - 1).double(), -1
-    )  # fmt: skip
-
-
-def _even(size, condition):
-    Q, _ = torch.linalg.qr(normal(6, size, size))
-    A = Q * torch.linspace(1.0, 1.0 / condition, size).double() @ Q.T
-    return 0.5 * (A + A.T)
-
-
-def _clustered(size):
-    Q, _ = torch.linalg.qr(normal(5, size, size))
-    eigenvalues = torch.cat([torch.linspace(1.0, 1.01, size - 3).double(), torch.tensor([1e2, 1e3, 1e4]).double()])
-    return Q * eigenvalues @ Q.T
-
-
-SYSTEMS = {
-    "laplacian": _laplacian(100),
-    "clusters": _clustered(80),
-    "graded": spd(1, 120, condition=1e4),
-    "ill-conditioned": spd(2, 60, condition=1e6),
-    "very-ill-conditioned": spd(2, 60, condition=1e11),
-    "even-to-the-end": _even(57, condition=1e11),
-    "low-rank-plus-identity": torch.eye(90).double() + 100 * normal(3, 90, 5) @ normal(3, 90, 5).T,
-    "covariance": normal(4, 150, 300) @ normal(4, 150, 300).T / 300,
-}
-
-
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-8])
-@pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "jacobi"])
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_never_more_iterations_than_scipy_on_typical_systems(name, preconditioned, tolerance):
-    A = SYSTEMS[name]
-    b, P = normal(7, len(A)), 1.0 / A.diagonal()
-    method = CG(
-        stop=ResidualTest(relative=tolerance),
-        max_iterations=20_000,
-        preconditioner=Diagonal(P) if preconditioned else None,
-    )
-    solution = method(Dense(A), 0.0).solve(b)
-    # ROUNDING_FLOOR: float64 holds no vector x with so small a residual.
-    assert solution.status in (Status.CONVERGED, Status.ROUNDING_FLOOR)
-    assert solution.iterations <= _scipy_iterations(A, b, tolerance, P if preconditioned else None)
 
 
 @given(seeds, st.integers(2, 20), st.integers(2, 5))
@@ -233,7 +132,7 @@ def test_a_restart_keeps_count():
     C, b = Dense(spd(0, 40, condition=10.0, dtype=torch.float32)), normal(0, 40, 2, dtype=torch.float32)
     x0 = torch.tensor([1e6, 0.0]) * normal(5, 40, 2, dtype=torch.float32)
     often, rarely = (
-        CG(stop=Watchful(relative=1e-5), check_every=n, store=_EveryIterate())(C, 0.0).solve(b, x0=x0) for n in (1, 9)
+        CG(stop=Watchful(relative=1e-5), check_every=n, store=EveryIterate())(C, 0.0).solve(b, x0=x0) for n in (1, 9)
     )
     assert often.solved
     assert torch.equal(often.x, rarely.x)
@@ -258,103 +157,6 @@ def test_no_columns():
     assert solution.x.shape == (4, 0)
     assert solution.solved
     assert "converged after 0" in str(solution)
-
-
-# --- stopping rules, limits, stored iterates -------------------------------------------------------------------------
-
-
-def test_residual_test_relative_and_absolute():
-    C, b = Dense(spd(0, 30, condition=100.0)), 100.0 * normal(0, 30)
-    loose, tight, absolute, larger_of_both = (
-        CG(stop=rule)(C, 0.0).solve(b)
-        for rule in (
-            ResidualTest(relative=1e-1),
-            ResidualTest(relative=1e-8),
-            ResidualTest(relative=0.0, absolute=1e-3),
-            ResidualTest(relative=1e-8, absolute=1e-3),
-        )
-    )
-    assert loose.iterations < absolute.iterations < tight.iterations
-    assert float(absolute.residual_norm) * float(b.norm()) <= 1e-3 < float(loose.residual_norm) * float(b.norm())
-    assert absolute.iterations == larger_of_both.iterations
-
-
-@pytest.mark.parametrize(
-    ("epsilon", "min_window", "fraction"), [(5e-4, 10, 0.1), (1e-2, 10, 0.1), (5e-4, 3, 0.0), (5e-4, 3, 0.5)]
-)
-@pytest.mark.parametrize("start", ["zero", "good", "bad"])
-def test_progress_test_stops_where_the_paper_says(epsilon, min_window, fraction, start):
-    C, b, damping = spd(3, 200, condition=100.0), normal(3, 200), 1e-3
-    solved = CG(stop=TIGHT, max_iterations=500)(Dense(C), damping).solve(b).x
-    x0 = {"zero": 0.0 * b, "good": 0.999 * solved, "bad": 100.0 * b}[start]
-    rule = ProgressTest(epsilon=epsilon, min_window=min_window, fraction=fraction)
-    solution = CG(stop=rule, max_iterations=60)(Dense(C), damping).solve(b, x0=x0)
-    every = CG(stop=ResidualTest(relative=0.0), store=_EveryIterate(), max_iterations=60)(Dense(C), damping).solve(
-        b, x0=x0
-    )
-    iterates = [x0, *(x for _, x in every.iterates)]
-    phi = [float(0.5 * x @ (C @ x + damping * x) - b @ x) for x in iterates]
-    windows = {i: max(min_window, ceil(fraction * i)) for i in range(1, 61)}
-    stops = [i for i, k in windows.items() if i > k and phi[i] < 0 and (phi[i] - phi[i - k]) / phi[i] < k * epsilon]
-    assert solution.status is Status.CONVERGED
-    assert solution.iterations == stops[0] < 60
-
-
-def test_progress_test_accepts_a_singular_consistent_system():
-    C = Diagonal(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
-    solution = CG(stop=ProgressTest())(C, 0.0).solve(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
-    assert solution.status is Status.CONVERGED
-    torch.testing.assert_close(solution.x, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _EveryIterate(IterateGrid):
-    def numbers(self, limit):
-        return frozenset(range(1, limit + 1))
-
-
-@pytest.mark.parametrize("base", [1.3, 2.0])
-def test_stored_iterates_are_the_grid_and_the_last(base):
-    C, b = Dense(spd(1, 60, condition=1e5)), normal(1, 60)
-    limit = 37
-    options = {"max_iterations": limit, "stop": ResidualTest(relative=1e-30)}
-    solution = CG(store=IterateGrid(base=base), **options)(C, 0.0).solve(b)
-    expected = sorted({ceil(base**j) for j in range(40) if ceil(base**j) < limit} | {limit})
-    assert [i for i, _ in solution.iterates] == expected
-    assert torch.equal(solution.iterates[-1][1], solution.x)
-    for i, x in solution.iterates:
-        shorter = CG(**{**options, "max_iterations": i})(C, 0.0).solve(b)
-        torch.testing.assert_close(x, shorter.x)
-    assert CG(**options)(C, 0.0).solve(b).iterates == ()
-
-
-def test_at_the_limit_warns_raises_or_does_what_a_third_party_wants():
-    C, b = Dense(spd(1, 60, condition=1e5)), normal(1, 60)
-    with pytest.warns(
-        ConvergenceWarning, match=r"limit of 5 iterations with relative residual .* \(asked 1e-06\); raise"
-    ):
-        x = CG(max_iterations=5)(C, 0.0) @ b
-    solution = CG(max_iterations=5)(C, 0.0).solve(b)
-    assert (solution.status, solution.iterations) == (Status.ITERATION_LIMIT, 5)
-    assert torch.equal(solution.x, x)
-    with pytest.raises(SolveError, match="limit of 5") as caught:
-        CG(max_iterations=5, on_limit=RaiseAtLimit())(C, 0.0) @ b
-    assert caught.value.solution.status is Status.ITERATION_LIMIT
-
-    class Ignore(LimitAction):
-        def act(self, solution):
-            pass
-
-    assert torch.equal(CG(max_iterations=5, on_limit=Ignore())(C, 0.0) @ b, x)
-
-
-def test_stopping_rule_of_a_third_party():
-    class Three(StoppingRule):
-        def satisfied(self, progress):
-            return torch.full_like(progress.rhs_norm, progress.iteration >= 3, dtype=torch.bool)
-
-    solution = CG(stop=Three())(Dense(spd(0, 20)), 0.0).solve(normal(0, 20))
-    assert (solution.status, solution.iterations) == (Status.CONVERGED, 3)
 
 
 # --- preconditioning -------------------------------------------------------------------------------------------------
@@ -391,7 +193,7 @@ def test_negative_curvature_ends_with_the_last_good_iterate(seed, size):
     values, Q = torch.linalg.eigh(C)
     values[0] = -0.5
     indefinite, b = Dense(Q * values @ Q.T), normal(seed, size) + Q[:, 0]
-    inverse = CG(stop=TIGHT, store=_EveryIterate())(indefinite, 0.0)
+    inverse = CG(stop=TIGHT, store=EveryIterate())(indefinite, 0.0)
     solution = inverse.solve(b)
     assert solution.status is Status.NEGATIVE_CURVATURE
     assert solution.x.isfinite().all()
@@ -441,7 +243,7 @@ def test_products_that_are_not_finite_keep_the_last_finite_iterate(bad, after):
         products += 1
         return product if products < after else product * bad
 
-    inverse = CG(store=_EveryIterate())(Observed(C, spoil), 0.0)
+    inverse = CG(store=EveryIterate())(Observed(C, spoil), 0.0)
     solution = inverse.solve(b)
     assert (solution.status, solution.iterations) == (Status.NOT_FINITE, after - 1)
     expected = CG(max_iterations=after - 1)(C, 0.0).solve(b).x if after > 1 else torch.zeros_like(b)

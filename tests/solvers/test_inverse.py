@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from linear_systems import dense_inverse
 from operator_cases import CASES, close, draw
 
 from curvlib.operators import (
@@ -58,10 +59,6 @@ BY_CG = {
 def contains_cg(operator):
     parts = getattr(operator, "blocks", None) or [getattr(operator, "operator", None)]
     return isinstance(operator, CGInverse) or any(contains_cg(part) for part in parts if part is not None)
-
-
-def dense_inverse(M, damping):
-    return torch.linalg.inv(M + damping * torch.eye(len(M), dtype=M.dtype, device=M.device))
 
 
 @cases
@@ -183,66 +180,6 @@ def test_sums_of_block_diagonals_are_solved_block_by_block():
 def test_a_kronecker_basis_has_no_matrix_for_a_diagonal_factor():
     C = eigendecompose(Kronecker((Diagonal(torch.tensor([1.0, 2.0])), torch.eye(3), Identity(2))))
     assert [basis is None for basis in C.bases] == [True, False, True]
-
-
-class TestKroneckerIdentities:
-    """Properties of products of factors, by the structured operators alone."""
-
-    @given(seed=seeds)
-    @settings(max_examples=25)
-    def test_mixed_product(self, seed):
-        d = draw(seed, CPU, definite=False)
-        A, B, C, D = d.symmetric(3), d.symmetric(2), d.symmetric(3), d.symmetric(2)
-        V = d.normal(6, 2)
-        close(Kronecker((A, B)) @ (Kronecker((C, D)) @ V), torch.kron(A @ C, B @ D) @ V, 1.0, 1e-11)
-
-    @given(seed=seeds)
-    @settings(max_examples=25)
-    def test_inverse_of_the_product_is_the_product_of_inverses(self, seed):
-        d = draw(seed, CPU)
-        A, B = (d.symmetric(n) + 0.1 * torch.eye(n, dtype=d.dtype) for n in (3, 2))
-        expected = Kronecker(
-            (Dense(damped_inverse(Dense(A), 0.0).to_dense()), Dense(damped_inverse(Dense(B), 0.0).to_dense()))
-        )
-        close(damped_inverse(Kronecker((A, B)), 0.0).to_dense(), expected.to_dense(), 1.0, 1e-9)
-
-    @given(seed=seeds)
-    @settings(max_examples=25)
-    def test_symmetry_trace_and_determinant(self, seed):
-        d = draw(seed, CPU)
-        A, B = (d.symmetric(n) + 0.1 * torch.eye(n, dtype=d.dtype) for n in (3, 2))
-        C = Kronecker((A, B))
-        close(C.to_dense(), C.to_dense().T)
-        close(C.trace(), A.trace() * B.trace())
-        close(C.logdet(), 2 * torch.logdet(A) + 3 * torch.logdet(B), 1.0, 1e-11)
-
-    @given(seed=seeds, rows=st.integers(1, 5), columns=st.integers(1, 5))
-    @settings(max_examples=25)
-    def test_vec_trick_in_row_major_order(self, seed, rows, columns):
-        d = draw(seed, CPU, definite=False)
-        G, A, V = d.symmetric(rows), d.symmetric(columns), d.normal(rows, columns)
-        close(Kronecker((G, A)) @ V.reshape(-1), (G @ V @ A).reshape(-1), 1.0, 1e-11)
-
-    @given(seed=seeds)
-    @settings(max_examples=25)
-    def test_powers_by_the_eigendecomposition(self, seed):
-        C, M = CASES["kronecker"](draw(seed, CPU))
-        E = eigendecompose(C)
-        close(E.map(torch.square).to_dense(), M @ M, 1.0, 1e-10)
-        root = E.map(lambda e: e.clamp(min=0.0).sqrt()).to_dense()
-        close(root @ root, M, 1.0, 1e-10)
-        close(E.map(lambda e: (e + 0.5) ** -0.5).to_dense() @ (M + 0.5 * torch.eye(len(M), dtype=M.dtype)) @
-              E.map(lambda e: (e + 0.5) ** -0.5).to_dense(), torch.eye(len(M), dtype=M.dtype), 1.0, 1e-10)  # fmt: skip
-
-    @given(seed=seeds)
-    @settings(max_examples=25)
-    def test_eigenvectors_are_products_of_eigenvectors(self, seed):
-        d = draw(seed, CPU)
-        G, A = d.symmetric(3), d.symmetric(2)
-        E = eigendecompose(Kronecker((G, A)))
-        U = torch.kron(E.bases[0], E.bases[1])
-        close(U.T @ U, torch.eye(6, dtype=d.dtype), 1.0, 1e-12)
-        close(torch.kron(G, A) @ U, U * E.eigenvalues.reshape(-1), 1.0, 1e-11)
 
 
 @dataclass(frozen=True, eq=False)
@@ -425,125 +362,6 @@ def test_only_operators_are_inverted():
         damped_inverse(torch.eye(2), 1.0)
 
 
-def test_eigenvalues_at_rounding_level_are_zero_and_others_keep_their_sign():
-    d = draw(4, CPU)
-    Q = d.orthogonal(5)
-    e = torch.tensor([1.0, 0.5, -1e-3, -1e-17, 1e-17], dtype=torch.float64)
-    found = eigendecompose(Dense(Q @ torch.diag(e) @ Q.T)).eigenvalues
-    assert (found == 0.0).sum() == 2
-    close(found.sort().values, e.where(e.abs() > 1e-10, 0.0).sort().values, 1.0, 1e-14)
-
-
-def spread_matrix(condition, n=24, seed=0):
-    d = draw(seed, CPU)
-    Q = d.orthogonal(n)
-    return Q @ torch.diag(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n, dtype=d.dtype)) @ Q.T
-
-
-def test_float32_at_condition_1e6_is_as_accurate_as_float32_can_be(device):
-    M = spread_matrix(1e6).to(device).float()
-    b = draw(1, device).normal(len(M)).float()
-    exact = torch.linalg.solve(M.double(), b.double())
-    for operator in (Dense(M), BlockDiagonal((Dense(M),), (torch.arange(len(M), device=device),), len(M))):
-        x = damped_inverse(operator, 0.0) @ b
-        assert x.dtype == torch.float32
-        assert (x.double() - exact).norm() / exact.norm() < 1e6 * 1.2e-7 / 2
-        residual = M.double() @ x.double() - b
-        assert residual.norm() < 1e-6 * (torch.linalg.matrix_norm(M, 2) * x.norm())
-    damped = damped_inverse(Kronecker((M, torch.eye(2, device=device))), 1e-2) @ b.repeat_interleave(2)
-    expected = dense_inverse(M.double(), 1e-2) @ b.double()
-    assert (damped[::2].double() - expected).norm() / expected.norm() < 1e-4
-
-
-def test_a_failed_float32_factorisation_is_done_and_kept_in_float64(device):
-    # det = 1 / 1.0005 beside entries of 4096: float32 cannot tell it from 0, although its entries are exact there.
-    M = torch.tensor([[4097.0, 4096.0], [4096.0, 4095.0 + 2.0**-11]], device=device)
-    inverse = damped_inverse(Dense(M), 0.0)
-    assert inverse.factor.dtype == torch.float64
-    assert inverse.dtype == torch.float32
-    b = torch.tensor([1.0, 0.0], device=device)
-    exact = torch.linalg.solve(M.double(), b.double())
-    assert ((inverse @ b).double() - exact).norm() / exact.norm() < 1e-7
-
-
-def test_a_failed_eigendecomposition_is_done_in_float64(monkeypatch):
-    seen = []
-    eigh = torch.linalg.eigh
-
-    def fail_in_float32(M):
-        seen.append(M.dtype)
-        if M.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("did not converge")
-        return eigh(M)
-
-    monkeypatch.setattr(torch.linalg, "eigh", fail_in_float32)
-    E = eigendecompose(Dense(torch.diag(torch.tensor([2.0, 3.0]))))
-    assert seen == [torch.float32, torch.float64]
-    assert E.eigenvalues.dtype == torch.float32
-    assert E.eigenvalues.tolist() == [2.0, 3.0]
-
-    def fail(M):
-        raise torch.linalg.LinAlgError("did not converge")
-
-    monkeypatch.setattr(torch.linalg, "eigh", fail)
-    with pytest.raises(SolveError, match=r"failed in every precision: torch.float32.*did not converge; torch.float64"):
-        eigendecompose(Dense(torch.eye(2)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_factorised_in_float32(dtype):
-    M = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype)
-    inverse = damped_inverse(Dense(M), 1.0)
-    assert inverse.factor.dtype == torch.float32
-    close(inverse @ torch.ones(2, dtype=dtype), torch.full((2,), 0.25, dtype=dtype), 1.0, 1e-2)
-    assert eigendecompose(Dense(M)).eigenvalues.tolist() == [1.0, 3.0]
-
-
-class TestLowRank:
-    def test_the_orthogonal_complement_stays(self, device):
-        d = draw(0, device)
-        U = torch.linalg.qr(d.normal(50, 3)).Q
-        C = LowRank(U, d.values(3), torch.zeros(50, dtype=d.dtype, device=device))
-        b = d.normal(50)
-        b = b - U @ (U.T @ b)
-        close(damped_inverse(C, 1e-3) @ b, b / 1e-3, tolerance=1e-11)
-
-    def test_an_inverse_of_an_inverse(self):
-        d = draw(0, CPU)
-        C = LowRank(d.normal(6, 2), d.values(2), d.values(6) + 0.5)
-        inverse = damped_inverse(C, 0.0)
-        assert (inverse.weights < 0).all()
-        close(damped_inverse(inverse, 0.0).to_dense(), C.to_dense(), 1.0, 1e-11)
-
-    def test_collinear_columns_and_a_small_damping_in_float32(self, device):
-        d = draw(0, device)
-        U = d.normal(40, 3)
-        U = torch.cat([U, U[:, :1], 1e-3 * U], dim=1).float()
-        C = LowRank(U, torch.ones(7, device=device), torch.zeros(40, device=device))
-        b = d.normal(40).float()
-        exact = dense_inverse(U.double() @ U.double().T, 1e-5) @ b.double()
-        x = damped_inverse(C, 1e-5) @ b
-        assert (x.double() - exact).norm() / exact.norm() < 1e-5
-
-    def test_many_coordinates_need_no_full_matrix(self):
-        U = draw(0, CPU, dtype=torch.float32).normal(200_000, 2)
-        C = LowRank(U, torch.ones(2), torch.full((200_000,), 0.1))
-        b = torch.ones(200_000)
-        x = (damped_inverse(C, 0.1) @ b).double()
-        residual = U.double() @ (U.double().T @ x) + 0.2 * x - b
-        assert residual.norm() / b.norm() < 1e-3
-
-    def test_a_right_hand_side_in_the_range_of_the_factor_keeps_its_digits_in_float32(self, device):
-        d = draw(0, device)
-        U = 1e3 * torch.linalg.qr(d.normal(30, 2)).Q.float()
-        C = LowRank(U, torch.ones(2, device=device), torch.zeros(30, device=device))
-        b = U @ torch.ones(2, device=device)
-        exact = dense_inverse(U.double() @ U.double().T, 1.0) @ b.double()
-        x = damped_inverse(C, 1.0) @ b
-        assert x.dtype == torch.float32
-        assert (x.double() - exact).norm() / exact.norm() < 1e-6
-
-
 def test_blocks_may_be_slow_or_direct_in_one_operator():
     d = draw(1, CPU)
     M = d.symmetric(3)
@@ -564,10 +382,3 @@ def test_a_negative_shift_is_solved_where_the_rest_is_large_enough():
     assert (damped_inverse(free, 1.0) @ torch.ones(2)).tolist() == pytest.approx([0.5, 0.5])
     with pytest.raises(SolveError):
         damped_inverse(Shifted(free, -2.0), 0.5) @ torch.ones(2)
-
-
-@pytest.mark.parametrize("factor", [1e-310, 1e-45, 1e300])
-def test_extreme_factors_do_not_overflow(factor):
-    x = damped_inverse(Scaled(factor, Dense(torch.eye(2, dtype=torch.float64))), 1.0) @ torch.ones(2).double()
-    assert x.isfinite().all()
-    assert x.tolist() == pytest.approx([1.0 / (factor + 1.0)] * 2, rel=1e-12)
