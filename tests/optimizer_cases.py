@@ -44,6 +44,15 @@ def linear_regression():
     return objective, (x, x @ torch.randn(4, 2).double() + 0.1 * torch.randn(50, 2).double())
 
 
+def classification(device="cpu", dtype=torch.float32, examples=200):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(examples, 6, generator=generator)
+    y = (x[:, :3] * x[:, 3:]).argmax(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).to(device, dtype)
+    return Objective(model, nn.CrossEntropyLoss(), l2=1e-4), (x.to(device, dtype), y.to(device))
+
+
 def small_network(dtype=torch.float64, device="cpu", loss=None):
     torch.manual_seed(0)
     x = torch.randn(40, 3)

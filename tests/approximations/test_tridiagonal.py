@@ -12,7 +12,7 @@ from torch import nn
 
 import curvlib
 from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective, UnsupportedLayerError
-from curvlib.approximations import KFAC, MovingAverage, TridiagonalKFAC
+from curvlib.approximations import KFAC, BlockDiagonal, MovingAverage, TridiagonalKFAC
 from curvlib.operators import KroneckerMarkovChain
 from curvlib.solvers import FactoredTikhonov, damped_inverse
 
@@ -158,6 +158,8 @@ def test_its_inverse_is_nearer_to_the_exact_one_than_block_diagonal_kfacs(autoen
 
     chain, blocks = (approximation(GGN()).estimate(evaluation) for approximation in (TridiagonalKFAC, KFAC))
     assert error(damped_inverse(chain, damping)) < 0.6 * error(damped_inverse(blocks, damping))
+    exact_blocks = BlockDiagonal(GGN()).estimate(evaluation)
+    assert error(damped_inverse(chain, damping)) < error(damped_inverse(exact_blocks, damping))
     assert error(FactoredTikhonov()(chain, damping)) < error(FactoredTikhonov()(blocks, damping))
 
 

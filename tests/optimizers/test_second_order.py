@@ -2,14 +2,14 @@
 
 import copy
 import io
-from math import inf
 
 import pytest
 import torch
+from optimizer_cases import assert_same, classification, linear_regression
 from torch import nn
 
 import curvlib
-from curvlib import GGN, EmpiricalFisher, Fisher, Hessian, Objective, UnsupportedLayerError
+from curvlib import GGN, EmpiricalFisher, Fisher, Objective, UnsupportedLayerError
 from curvlib.approximations import KFAC, BlockDiagonal, Dense, Diagonal, Exact, Identity
 from curvlib.operators import Identity as IdentityOperator
 from curvlib.optimizers import (
@@ -27,34 +27,12 @@ from curvlib.solvers import (
     CG,
     ConstantDamping,
     LevenbergMarquardt,
-    ProgressTest,
-    RelativeStart,
-    ResidualTest,
     SolveError,
-    StartFloor,
-    TighteningTest,
     UndampedRatio,
     damped_inverse,
 )
 
 PRESETS = [kfac, hessian_free]
-
-
-def classification(device="cpu", dtype=torch.float32, examples=200):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(examples, 6, generator=generator)
-    y = (x[:, :3] * x[:, 3:]).argmax(1)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).to(device, dtype)
-    return Objective(model, nn.CrossEntropyLoss(), l2=1e-4), (x.to(device, dtype), y.to(device))
-
-
-def linear_regression():
-    """h is exactly quadratic."""
-    torch.manual_seed(0)
-    x = torch.randn(50, 4).double()
-    objective = Objective(nn.Linear(4, 2).double(), nn.MSELoss(), l2=0.1)
-    return objective, (x, x @ torch.randn(4, 2).double() + 0.1 * torch.randn(50, 2).double())
 
 
 def compose(objective, **parts):
@@ -64,23 +42,6 @@ def compose(objective, **parts):
         "damping": ConstantDamping(1e-2),
     }
     return SecondOrderOptimizer(objective, **{**defaults, **parts})
-
-
-def assert_equal_states(one, other):
-    """Equal in every tensor and number, at every depth."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_states(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_equal_states(left, right)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 def snapshot(objective):
@@ -125,62 +86,6 @@ def test_one_damped_newton_step_solves_a_quadratic():
     result = optimizer.step(batch)
     assert abs(result.ratio - 1) < 1e-9
     assert objective.at(batch).gradient().norm() < 1e-12
-
-
-def test_the_hessian_free_preset_judges_by_the_undamped_model():
-    objective, batch = linear_regression()
-    optimizer = hessian_free(objective, damping=1.0)
-    results = [optimizer.step(batch) for _ in range(3)]
-    assert all(abs(result.ratio - 1) < 1e-6 for result in results)
-    assert [result.damping for result in results] == [1.0, 0.5, 0.25]
-
-
-def test_the_hessian_free_presets_rules():
-    objective, _ = linear_regression()
-    rules = {
-        "stop": TighteningTest(epsilon=0.05, min_window=2, fraction=0.1, tightest=5e-4, power=0.25),
-        "damping": LevenbergMarquardt(
-            initial=RelativeStart(0.03), decrease=0.5, increase=2.0, interval=1, floor=StartFloor(1e-4)
-        ),
-    }
-    # the compositions in words, which a checkpoint is held against
-    assert hessian_free(objective, **rules).state_dict()["made_for"] == hessian_free(objective).state_dict()["made_for"]
-
-
-def test_a_tightening_test_hears_how_far_the_damping_has_fallen():
-    shares = []
-
-    class Noting(TighteningTest):
-        def at(self, damping_share):
-            shares.append(damping_share)
-            return super().at(damping_share)
-
-    def train(steps, damping, state=None):
-        optimizer = hessian_free(objective, stop=Noting(), damping=damping)
-        if state is not None:
-            optimizer.load_state_dict(state)
-        results = [optimizer.step(batch) for _ in range(steps)]
-        return [result.damping for result in results], optimizer.state_dict()
-
-    objective, batch = linear_regression()
-    dampings, state = train(3, 2.0)
-    dampings += train(1, 2.0, state)[0]
-    assert dampings == [2.0, 1.0, 0.5, 0.25]
-    assert shares == [1.0, 0.5, 0.25, 0.125]
-    train(1, ConstantDamping(0.1))
-    assert shares[-1] == 1.0  # a control that keeps no first damping
-
-
-def test_solves_are_longer_where_the_damping_has_fallen():
-    objective, batch = classification(dtype=torch.float64)
-    falling = LevenbergMarquardt(initial=1.0, decrease=1e-3, low=-inf, high=-inf, interval=1, reject_below=-inf)
-    iterations = []
-    for stop in (TighteningTest(power=1.0), ProgressTest(epsilon=0.05, min_window=2)):
-        objective, batch = classification(dtype=torch.float64)
-        optimizer = hessian_free(objective, stop=stop, damping=falling)
-        iterations.append([optimizer.step(batch).iterations for _ in range(2)])
-    assert iterations[0][0] == iterations[1][0]
-    assert iterations[0][1] > 2 * iterations[1][1]
 
 
 @pytest.mark.parametrize("rule", [ModelRescaling(fraction=1.0), FixedLength(), BacktrackingLineSearch()])
@@ -299,7 +204,7 @@ def test_a_nan_loss_raises_and_nothing_is_lost(preset, bad):
     with pytest.raises(NonFiniteLossError, match="the parameters and the optimizer are unchanged"):
         optimizer.step((poisoned, y))
     torch.testing.assert_close(objective.parameter_vector(), before, equal_nan=True, rtol=0, atol=0)
-    assert_equal_states(state, optimizer.state_dict())
+    assert_same(state, optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -416,34 +321,6 @@ def test_failing_inverses_keep_the_last_good_one_within_a_budget():
             optimizer.step(batch)
     with pytest.raises(SolveError, match="no inverse today"):
         optimizer.step(batch)
-
-
-def test_warm_starts_shorten_the_solve():
-    iterations = {}
-    for warm_start in (0.0, 1.0):
-        objective, batch = linear_regression()
-        cg = CG(max_iterations=50, stop=ResidualTest(relative=1e-6))
-        direction = TruncatedNewton(cg=cg, warm_start=warm_start)
-        optimizer = compose(objective, direction=direction, step_rule=FixedLength(learning_rate=1e-6))
-        iterations[warm_start] = [optimizer.step(batch).iterations for _ in range(2)]
-    assert iterations[0.0][1] > 0
-    assert iterations[1.0][1] < iterations[0.0][1]
-
-
-def test_a_preconditioner_shortens_the_solve():
-    iterations = {}
-    for preconditioner in (None, Dense(GGN())):
-        objective, batch = classification()
-        optimizer = hessian_free(objective, preconditioner=preconditioner, damping=ConstantDamping(1e-3))
-        iterations[preconditioner is None] = optimizer.step(batch).iterations
-    assert iterations[False] < iterations[True]
-
-
-def test_hessian_free_survives_negative_curvature():
-    objective, batch = classification()
-    optimizer = hessian_free(objective, curvature=Exact(Hessian()), damping=1e-4)
-    losses = [optimizer.step(batch).loss for _ in range(5)]
-    assert losses[-1] < losses[0]
 
 
 def test_parts_of_a_batch_are_refused_for_sums():

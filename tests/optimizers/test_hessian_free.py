@@ -1,0 +1,113 @@
+"""The preset hessian_free: its rules, ends of solves, warm starts and preconditioners."""
+
+from math import inf
+
+import torch
+from optimizer_cases import classification, linear_regression
+
+from curvlib import GGN, Hessian
+from curvlib.approximations import Dense, Exact
+from curvlib.optimizers import (
+    FixedLength,
+    SecondOrderOptimizer,
+    TruncatedNewton,
+    hessian_free,
+)
+from curvlib.solvers import (
+    CG,
+    ConstantDamping,
+    LevenbergMarquardt,
+    ProgressTest,
+    RelativeStart,
+    ResidualTest,
+    StartFloor,
+    TighteningTest,
+)
+
+
+def test_the_hessian_free_preset_judges_by_the_undamped_model():
+    objective, batch = linear_regression()
+    optimizer = hessian_free(objective, damping=1.0)
+    results = [optimizer.step(batch) for _ in range(3)]
+    assert all(abs(result.ratio - 1) < 1e-6 for result in results)
+    assert [result.damping for result in results] == [1.0, 0.5, 0.25]
+
+
+def test_the_hessian_free_presets_rules():
+    objective, _ = linear_regression()
+    rules = {
+        "stop": TighteningTest(epsilon=0.05, min_window=2, fraction=0.1, tightest=5e-4, power=0.25),
+        "damping": LevenbergMarquardt(
+            initial=RelativeStart(0.03), decrease=0.5, increase=2.0, interval=1, floor=StartFloor(1e-4)
+        ),
+    }
+    # the compositions in words, which a checkpoint is held against
+    assert hessian_free(objective, **rules).state_dict()["made_for"] == hessian_free(objective).state_dict()["made_for"]
+
+
+def test_a_tightening_test_hears_how_far_the_damping_has_fallen():
+    shares = []
+
+    class Noting(TighteningTest):
+        def at(self, damping_share):
+            shares.append(damping_share)
+            return super().at(damping_share)
+
+    def train(steps, damping, state=None):
+        optimizer = hessian_free(objective, stop=Noting(), damping=damping)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        results = [optimizer.step(batch) for _ in range(steps)]
+        return [result.damping for result in results], optimizer.state_dict()
+
+    objective, batch = linear_regression()
+    dampings, state = train(3, 2.0)
+    dampings += train(1, 2.0, state)[0]
+    assert dampings == [2.0, 1.0, 0.5, 0.25]
+    assert shares == [1.0, 0.5, 0.25, 0.125]
+    train(1, ConstantDamping(0.1))
+    assert shares[-1] == 1.0  # a control that keeps no first damping
+
+
+def test_solves_are_longer_where_the_damping_has_fallen():
+    falling = LevenbergMarquardt(initial=1.0, decrease=1e-3, low=-inf, high=-inf, interval=1, reject_below=-inf)
+    iterations = []
+    for stop in (TighteningTest(power=1.0), ProgressTest(epsilon=0.05, min_window=2)):
+        objective, batch = classification(dtype=torch.float64)
+        optimizer = hessian_free(objective, stop=stop, damping=falling)
+        iterations.append([optimizer.step(batch).iterations for _ in range(2)])
+    assert iterations[0][0] == iterations[1][0]
+    assert iterations[0][1] > 2 * iterations[1][1]
+
+
+def test_warm_starts_shorten_the_solve():
+    iterations = {}
+    for warm_start in (0.0, 1.0):
+        objective, batch = linear_regression()
+        cg = CG(max_iterations=50, stop=ResidualTest(relative=1e-6))
+        direction = TruncatedNewton(cg=cg, warm_start=warm_start)
+        optimizer = SecondOrderOptimizer(
+            objective,
+            direction=direction,
+            step_rule=FixedLength(learning_rate=1e-6),
+            damping=ConstantDamping(1e-2),
+        )
+        iterations[warm_start] = [optimizer.step(batch).iterations for _ in range(2)]
+    assert iterations[0.0][1] > 0
+    assert iterations[1.0][1] < iterations[0.0][1]
+
+
+def test_a_preconditioner_shortens_the_solve():
+    iterations = {}
+    for preconditioner in (None, Dense(GGN())):
+        objective, batch = classification()
+        optimizer = hessian_free(objective, preconditioner=preconditioner, damping=ConstantDamping(1e-3))
+        iterations[preconditioner is None] = optimizer.step(batch).iterations
+    assert iterations[False] < iterations[True]
+
+
+def test_hessian_free_survives_negative_curvature():
+    objective, batch = classification()
+    optimizer = hessian_free(objective, curvature=Exact(Hessian()), damping=1e-4)
+    losses = [optimizer.step(batch).loss for _ in range(5)]
+    assert losses[-1] < losses[0]
