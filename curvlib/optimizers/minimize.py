@@ -178,7 +178,8 @@ def minimize(
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of its range; nothing is changed.
-        NonFiniteLossError: the objective is not finite where the loop starts.
+        NonFiniteLossError: the objective is not finite where a step starts: at the first, or where a step that no ratio
+            and no line search judges has led.
         SolveError: the curvature could not be inverted; the parameters are those of the last accepted step.
 
     Example:
