@@ -5,9 +5,10 @@ from __future__ import annotations
 from curvlib.optimizers.control import StepControl
 from curvlib.optimizers.proposal import Direction
 from curvlib.optimizers.step_rules import StepRule
+from curvlib.solvers import RatioConvention
 
 
-def check_pairing(direction: Direction, step_rule: StepRule, control: StepControl) -> None:
+def check_pairing(direction: Direction, step_rule: StepRule, control: StepControl, ratio: RatioConvention) -> None:
     """Refuse parts of an optimizer that make no sense together.
 
     Raises:
@@ -18,6 +19,13 @@ def check_pairing(direction: Direction, step_rule: StepRule, control: StepContro
         raise TypeError(f"SecondOrderOptimizer needs direction to be a Direction, got {direction!r}.")
     if not isinstance(step_rule, StepRule):
         raise TypeError(f"SecondOrderOptimizer needs step_rule to be a StepRule, got {step_rule!r}.")
+    if not isinstance(ratio, RatioConvention):
+        raise TypeError(f"SecondOrderOptimizer needs ratio to be a RatioConvention, got {ratio!r}.")
+    if ratio.slopes_below > 0.0 and step_rule.brings_values:
+        raise ValueError(
+            f"{ratio!r} would take no slopes: {type(step_rule).__name__} judges steps by the values of its own search. "
+            "Use UndampedRatio() or DampedRatio() with a line search, or FixedLength()."
+        )
     if not direction.has_radius:
         if control.radius is not None:
             raise ValueError(

@@ -113,12 +113,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if not isinstance(objective, Objective):
             raise TypeError(f"SecondOrderOptimizer needs a curvlib.Objective, got {type(objective).__name__}.")
         self.control = StepControl.of(damping, radius)
-        check_pairing(direction, step_rule, self.control)
+        self.ratio = ratio if ratio is not None else DampedRatio()
+        check_pairing(direction, step_rule, self.control, self.ratio)
         super().__init__(objective.parameters, {})
         step_rule.check(objective)
         self.objective = objective
         self.step_rule = step_rule
-        self.ratio = ratio if ratio is not None else DampedRatio()
         self._direction = direction.start(objective)
         self._direction.description = direction.description()
         self._takes_curvature_batch = direction.takes_curvature_batch

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isnan
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,9 @@ class Choice:
 
 class StepRule(ABC):
     """A frozen configuration of a way to choose the step from a proposal."""
+
+    #: Whether a choice brings the values of h that the step is judged by, as line searches do.
+    brings_values: ClassVar[bool] = False
 
     def check(self, objective: Objective) -> None:  # noqa: B027 - most rules accept every objective
         """Refuse an objective that the rule cannot treat, before any computation."""
@@ -168,6 +172,8 @@ class BacktrackingLineSearch(StepRule):
         sufficient: c.
         max_trials: of the line search; after them the step is 0.
     """
+
+    brings_values: ClassVar[bool] = True
 
     shrink: float = 0.8
     sufficient: float = 1e-2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -37,6 +38,8 @@ class StrongWolfe(StepRule):
         flatness: c_2, above c_1; 0.9 for Newton directions, 0.1 for nearly exact searches.
         max_doublings: of t before the search gives up.
     """
+
+    brings_values: ClassVar[bool] = True
 
     sufficient: float = 1e-4
     flatness: float = 0.9

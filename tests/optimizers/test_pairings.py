@@ -35,9 +35,11 @@ from curvlib.solvers import (
     MoreSorensen,
     RadiusControl,
     RelativeStart,
+    SlopeRatio,
     Steihaug,
     TrustRegion,
     TwoDimensionalSubspace,
+    UndampedRatio,
 )
 
 WITHOUT_RADIUS = {
@@ -252,3 +254,15 @@ def test_a_loss_that_is_a_sum_refuses_parts_of_batches():
             step_rule=FixedLength(),
             radius=TrustRegion(),
         )
+
+
+@pytest.mark.parametrize("rule", [BacktrackingLineSearch(), StrongWolfe()], ids=lambda rule: type(rule).__name__)
+def test_slopes_are_refused_where_a_line_search_brings_the_values(rule):
+    parts = {"direction": WITHOUT_RADIUS["damped newton"], "damping": ConstantDamping(1e-3)}
+    objective, batch = small_network()
+    with pytest.raises(ValueError, match="would take no slopes"):
+        SecondOrderOptimizer(objective, step_rule=rule, ratio=SlopeRatio(), **parts)
+    SecondOrderOptimizer(objective, step_rule=rule, ratio=UndampedRatio(), **parts)
+    assert SecondOrderOptimizer(objective, step_rule=FixedLength(), ratio=SlopeRatio(), **parts).step(batch).accepted
+    with pytest.raises(TypeError, match="RatioConvention"):
+        SecondOrderOptimizer(objective, step_rule=FixedLength(), ratio=0.5, **parts)
