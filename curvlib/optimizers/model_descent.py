@@ -98,6 +98,11 @@ class ModelDescent(Direction):
         """The curvature may be of a batch of its own."""
         return True
 
+    @property
+    def knows_lengths(self) -> bool:
+        """Whether the radius bounds a norm of all vectors, and not one along the descent's own path."""
+        return self.descent.euclidean_radius
+
     def start(self, objective: Objective) -> DirectionState:
         """Return the state before the first step."""
         refuse_parts_of_sums("ModelDescent", self.fraction, objective)
@@ -139,6 +144,7 @@ class _ModelDescentState(DirectionState):
             on_boundary=answer.on_boundary,
             prediction=answer.prediction,
             scales=s,
+            length=answer.length,
         )
 
     def _subproblem(self, operator: LinearOperator, situation: Situation) -> Subproblem:

@@ -39,6 +39,12 @@ def check_pairing(direction: Direction, step_rule: StepRule, control: StepContro
             f"{direction.description()} needs a radius, which {control.damping!r} does not give: use "
             "radius=TrustRegion(), or ModelDescent with DampedNewton for a damping alone."
         )
+    if control.needs_parameter_length and not direction.knows_lengths:
+        raise ValueError(
+            f"{control.radius!r} starts at a multiple of the length of the parameters, and the region of "
+            f"{direction.description()} has a norm that is known along its own steps alone: give the first radius as a "
+            "number, or use EuclideanNorm()."
+        )
     reason = step_rule.against_radius()
     if reason is not None:
         raise ValueError(

@@ -40,6 +40,7 @@ class Proposal:
         on_boundary: whether the step was stopped by the radius.
         prediction: M(Delta) - M(0), where the solver knows it.
         scales: s (D,), where the radius bounds |diag(s) Delta|; None for |Delta|.
+        length: of the step as the radius measures it, where that norm is known of this step alone.
     """
 
     step: Float[Tensor, " D"]
@@ -51,9 +52,13 @@ class Proposal:
     on_boundary: bool = False
     prediction: Prediction | None = None
     scales: Float[Tensor, " D"] | None = None
+    length: float | None = None
 
     def length_of(self, step: Float[Tensor, " D"]) -> float:
-        """Return the length of a step as the radius measures it."""
+        """Return the length of a step as the radius measures it; with a ``length``, of multiples of the step alone."""
+        if self.length is not None:
+            whole, part = torch.stack([torch.linalg.vector_norm(v) for v in (self.step, step)]).tolist()
+            return self.length * part / whole if whole > 0 else 0.0
         return float(torch.linalg.vector_norm(step if self.scales is None else self.scales * step))
 
 
@@ -102,6 +107,11 @@ class Direction(ABC):
     def takes_curvature_batch(self) -> bool:
         """Whether it asks for :meth:`Situation.curvature_part`, which may be a batch of its own. Default: no."""
         return False
+
+    @property
+    def knows_lengths(self) -> bool:
+        """Whether :meth:`DirectionState.length` tells the length of any vector. Default: it does."""
+        return True
 
     @abstractmethod
     def start(self, objective: Objective) -> DirectionState:

@@ -53,8 +53,8 @@ class RadiusState:
 class RelativeRadius:
     """The first radius is a multiple of the length of the parameters: factor |theta|, and the factor at theta = 0.
 
-    Where the region is one of scaled parameters, so is the length: |S theta|. More (1978), section 6; MINPACK's
-    ``factor``.
+    Where the region is one of scaled parameters, so is the length: |S theta|. In the norm of a preconditioner the
+    length of the parameters is unknown, and it is refused. More (1978), section 6; MINPACK's ``factor``.
 
     Args:
         factor: greater than 0; MINPACK recommends 0.1 to 100.
@@ -106,7 +106,7 @@ class RadiusControl(ABC):
             state: the state that the step was made with.
             ratio: its reduction ratio; NaN and infinities are failures of the model.
             on_boundary: whether the step was stopped by the radius.
-            step_length: |d|, which may be far below the radius.
+            step_length: of d in the norm that the radius bounds, which may be far below the radius.
         """
 
     def accept(self, ratio: float) -> bool:
@@ -126,7 +126,8 @@ class TrustRegion(RadiusControl):
     proposed again otherwise; a floor.
 
     Args:
-        initial: Delta of the first step, in the units of the parameters, or a :class:`RelativeRadius`.
+        initial: Delta of the first step, in the units of the parameters or of the norm of the region, or a
+            :class:`RelativeRadius`.
         shrink: factor after a bad step, in (0, 1).
         grow: factor after a good step to the boundary, at least 1.
         low: a ratio below is bad.

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_cases import CASES, draw
+from trust_regions import cauchy_reduction, reduction, reference_steihaug, with_spectrum
 
 from curvlib.operators import BlockDiagonal, Dense, Diagonal, Identity, Kronecker, LinearOperator, LowRank, MatrixFree
 from curvlib.solvers import (
@@ -39,19 +40,6 @@ bounded = pytest.mark.parametrize("descent", BOUNDED, ids=lambda descent: type(d
 
 def eye_like(M):
     return torch.eye(len(M), dtype=M.dtype, device=M.device)
-
-
-def reduction(M, g, d):
-    return -float(g @ d + 0.5 * d @ M @ d)
-
-
-def cauchy_reduction(M, g, radius):
-    norm = float(g.norm())
-    if norm == 0.0:
-        return 0.0
-    curvature = float(g @ M @ g) / norm**2
-    length = min(norm / curvature, radius) if curvature > 0 else radius
-    return length * norm - 0.5 * length**2 * curvature
 
 
 def check_inside(answer, M, g, radius, eps=EPS):
@@ -95,22 +83,6 @@ def test_more_sorensen_is_optimal(case, device, seed, radius, damping, definite)
     check_optimal(answer, M + damping * eye_like(M), g, radius)
     undamped = answer.prediction.undamped
     assert undamped == pytest.approx(answer.prediction.damped - 0.5 * damping * float(answer.step.norm()) ** 2)
-
-
-def reference_steihaug(M, g, radius, tolerance):
-    """Nocedal & Wright, algorithm 7.2, line by line."""
-    d, r = np.zeros_like(g), g.copy()
-    p, count = -r, 0
-    while np.linalg.norm(r) > tolerance * np.linalg.norm(g) and count < 500:
-        count += 1
-        curvature = p @ M @ p
-        alpha = r @ r / curvature if curvature > 0 else np.inf
-        if curvature <= 0 or np.linalg.norm(d + alpha * p) >= radius:
-            a, b, c = p @ p, 2 * d @ p, d @ d - radius**2
-            return d + max(np.roots([a, b, c]).real) * p, "negative" if curvature <= 0 else "boundary", count
-        new = r + alpha * M @ p
-        d, p, r = d + alpha * p, -new + (new @ new) / (r @ r) * p, new
-    return d, "inside", count
 
 
 @cases
@@ -221,14 +193,6 @@ def test_coefficients_are_those_of_the_eigenvectors(case, device, seed):
 
 
 # --- the hard case ---------------------------------------------------------------------------------------------------
-
-
-def with_spectrum(seed, eigenvalues, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    e = torch.tensor(eigenvalues, dtype=torch.float64)
-    Q, _ = torch.linalg.qr(torch.randn(len(e), len(e), generator=generator, dtype=torch.float64))
-    M = Q * e @ Q.T
-    return (0.5 * (M + M.T)).to(dtype), Q, generator
 
 
 @given(seeds, st.integers(1, 3), st.floats(-2, 1), st.sampled_from([0.0, 1e-300, 1e-15, 1e-12, 1e-8, 1e-3]), radii)

@@ -14,6 +14,7 @@ from curvlib.solvers.descents.eigenbasis import Coefficients, coefficients
 from curvlib.solvers.descents.more_sorensen import MoreSorensen
 from curvlib.solvers.descents.newton import DampedNewton
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
+from curvlib.solvers.descents.region import EuclideanNorm, PreconditionerNorm, RegionNorm
 from curvlib.solvers.descents.steihaug import Steihaug
 from curvlib.solvers.descents.subspace import TwoDimensionalSubspace
 
@@ -23,7 +24,10 @@ __all__ = [
     "Descent",
     "DescentStep",
     "Dogleg",
+    "EuclideanNorm",
     "MoreSorensen",
+    "PreconditionerNorm",
+    "RegionNorm",
     "Steihaug",
     "Subproblem",
     "TwoDimensionalSubspace",

@@ -1,8 +1,7 @@
 """The step of a quadratic model inside a trust region: the problem, its answer, and who solves it.
 
 Symbols: g (D,) gradient, C (D, D) curvature, lambda damping, d (D,) step, Delta the radius, mu >= 0 the multiplier of
-    the
-constraint |d| <= Delta, M(d) - M(0) = g^T d + 1/2 d^T (C + lambda I) d the model.
+the constraint |d| <= Delta, M(d) - M(0) = g^T d + 1/2 d^T (C + lambda I) d the model.
 """
 
 from __future__ import annotations
@@ -84,6 +83,7 @@ class Subproblem:
         multiplier: float | None,
         status: Status = Status.CONVERGED,
         iterations: int = 0,
+        length: float | None = None,
     ) -> DescentStep:
         """Return the step with the change that the model predicts, which costs a quadratic form of C."""
         zero = torch.zeros((), dtype=step.dtype, device=step.device)
@@ -95,6 +95,7 @@ class Subproblem:
             prediction=model.predict(step),
             iterations=iterations,
             status=status,
+            length=length,
         )
 
     def no_step(self, status: Status) -> DescentStep:
@@ -121,6 +122,7 @@ class DescentStep:
         iterations: of an iterative solver, 0 for direct ones.
         status: how it ended. ``NEGATIVE_CURVATURE`` and ``ITERATION_LIMIT`` are those of a solver that was stopped
             early; the step is usable. ``NOT_FINITE`` comes with the last finite step.
+        length: of d in the norm that the radius bounds, None where that is |d|.
     """
 
     step: Float[Tensor, " D"]
@@ -129,6 +131,7 @@ class DescentStep:
     prediction: Prediction
     iterations: int
     status: Status
+    length: float | None = None
 
     @property
     def predicted_reduction(self) -> float:
@@ -148,6 +151,30 @@ class Descent(ABC):
     def needs_definite(self) -> bool:
         """Whether C + damping I has to be positive definite. Default: any definiteness will do."""
         return False
+
+    @property
+    def takes_preconditioner(self) -> bool:
+        """Whether :meth:`preconditioned` gives a descent. Default: it does not."""
+        return False
+
+    @property
+    def needs_preconditioner(self) -> bool:
+        """Whether it cannot solve without a preconditioner and has none. Default: it can."""
+        return False
+
+    @property
+    def euclidean_radius(self) -> bool:
+        r"""Whether the radius bounds \|d\|, and not a norm that is known along the path alone. Default: it does."""
+        return True
+
+    def preconditioned(self, preconditioner: LinearOperator) -> Descent:
+        """Return the same descent with a preconditioner, an approximation of (C + damping I)^-1.
+
+        Raises:
+            TypeError: it takes none.
+        """
+        del preconditioner
+        raise TypeError(f"{self!r} takes no preconditioner: use Steihaug() or TwoDimensionalSubspace() without one.")
 
     @abstractmethod
     def solve(self, problem: Subproblem) -> DescentStep:

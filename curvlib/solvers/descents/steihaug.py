@@ -1,13 +1,12 @@
 """Conjugate gradients that stop at the boundary of a trust region.
 
 Symbols: A = C + lambda I (D, D), P the preconditioner, g gradient, d (D,) the iterate, r = A d + g, p the search
-    direction,
-q = A p, Delta the radius, tau the step length to the boundary.
+direction, q = A p, Delta the radius, tau the step length to the boundary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ from torch import Tensor
 from curvlib.operators import LinearOperator, full_precision
 from curvlib.solvers.cg import CG
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
+from curvlib.solvers.descents.region import EuclideanNorm, RegionNorm
 from curvlib.solvers.solution import Progress, ResidualTest, Status, StoppingRule
 
 _RUNNING, _BOUNDARY = -1, -2  # beside the values of Status
@@ -30,16 +30,18 @@ class Steihaug(Descent):
 
     Steihaug, "The conjugate gradient method and trust regions in large scale optimization" (1983); Toint (1981);
     Nocedal & Wright, algorithm 7.2. The model falls along the whole path, and never less than to the Cauchy point.
-    Departures: the ball is Euclidean whatever the preconditioner, so that a preconditioned path, whose |d| need not
-        grow, ends where it
-    first leaves the ball; a preconditioned step that is worse than the Cauchy point is replaced by that, at the
-    cost of a quadratic form. At a zero gradient the step is 0, also at a saddle.
+    Departures: without ``region=PreconditionerNorm()``, which is the region of the papers, the ball is Euclidean
+    whatever the preconditioner. A preconditioned path, whose |d| need not grow, then ends where it first leaves the
+    ball, and a step that is worse than the Cauchy point is replaced by that, at the cost of a quadratic form. At a zero
+    gradient the step is 0, also at a saddle.
 
     Args:
         max_iterations: the limit.
         stop: when the interior minimum is reached well enough; :class:`ResidualTest` with a loose tolerance as a rule.
         preconditioner: a positive definite operator that approximates (C + damping I)^-1.
         check_every: iterations between two looks of the host at the device, as in :class:`CG`.
+        region: the norm that the radius bounds: :class:`EuclideanNorm`, or :class:`PreconditionerNorm`, in which the
+            answer says its length.
 
     Example:
         >>> from curvlib.operators import Diagonal
@@ -53,9 +55,15 @@ class Steihaug(Descent):
     stop: StoppingRule = field(default_factory=lambda: ResidualTest(relative=1e-3))
     preconditioner: LinearOperator | None = None
     check_every: int | None = None
+    region: RegionNorm = field(default_factory=EuclideanNorm)
 
     def __post_init__(self) -> None:
         self.unconstrained()
+        if not isinstance(self.region, RegionNorm):
+            raise TypeError(
+                "Steihaug(region=...) must be a RegionNorm such as EuclideanNorm() or PreconditionerNorm(), got "
+                f"{self.region!r}."
+            )
 
     def unconstrained(self) -> CG:
         """Return conjugate gradients with the same limits and no boundary.
@@ -70,6 +78,25 @@ class Steihaug(Descent):
             check_every=self.check_every,
         )
 
+    @property
+    def takes_preconditioner(self) -> bool:
+        """Whether it has none yet."""
+        return self.preconditioner is None
+
+    @property
+    def needs_preconditioner(self) -> bool:
+        """Whether its region is that of a preconditioner and it has none."""
+        return self.region.needs_preconditioner and self.preconditioner is None
+
+    @property
+    def euclidean_radius(self) -> bool:
+        """Whether its region is no preconditioner's."""
+        return not self.region.needs_preconditioner
+
+    def preconditioned(self, preconditioner: LinearOperator) -> Steihaug:
+        """Return the same with a preconditioner, in place of its own if it has one."""
+        return replace(self, preconditioner=preconditioner)
+
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.
 
@@ -78,9 +105,14 @@ class Steihaug(Descent):
         preconditioner is not positive definite) or ``NOT_FINITE``.
 
         Raises:
-            ValueError: the radius is infinite, or the preconditioner has another size than C.
+            ValueError: the radius is infinite, or the preconditioner is missing or has another size than C.
         """
         problem.finite_radius("Steihaug")
+        if self.needs_preconditioner:
+            raise ValueError(
+                f"{self.region!r} is the norm of a preconditioner, and this Steihaug has none: give "
+                "Steihaug(preconditioner=...) as well, or use EuclideanNorm()."
+            )
         self.unconstrained()(problem.operator, problem.damping)  # checks the preconditioner
         with full_precision(problem.gradient.device):
             path = _Path(self, problem)
@@ -93,8 +125,11 @@ class Steihaug(Descent):
             multiplier=None if path.on_boundary else 0.0,
             status=path.status,
             iterations=path.iterations,
+            length=path.length,
         )
-        return answer if self.preconditioner is None else _better(answer, problem)
+        # In the norm of the preconditioner the first iterate is the Cauchy point.
+        compare = self.preconditioner is not None and self.euclidean_radius
+        return _better(answer, problem) if compare else answer
 
 
 class _Path:
@@ -116,6 +151,7 @@ class _Path:
         self.operator_norm = torch.zeros_like(self.radius)
         self.values = [torch.zeros_like(g[:1])]
         self.p, self.rho = torch.zeros_like(g), torch.ones_like(self.radius)
+        self.lengths = method.region.start(g)
 
     def run(self) -> None:
         """Follow the path to its end and fetch it."""
@@ -132,6 +168,8 @@ class _Path:
         self.status = named[state] if state in named else Status(state)
         self.on_boundary = bool(at_boundary)
         self.step = self.d * self.scale
+        length = self.lengths.of_path()
+        self.length = None if length is None else float(length * self.scale.double())
 
     def _advance(self) -> None:
         self.iteration += 1
@@ -140,14 +178,14 @@ class _Path:
         q = (self.A @ p).detach()
         curvature = _dot(p, q)
         alpha = self.rho / curvature
-        trial = self.d + alpha.to(p) * p
-        outside = torch.linalg.vector_norm(trial).double() >= self.radius
+        outside = self.lengths.after(self.d, p, alpha) >= self.radius
         negative = curvature <= 0
         finite = curvature.isfinite() & q.isfinite().all()
         leave = running & finite & (negative | outside)
         stay = running & finite & ~negative & ~outside
-        length = torch.where(leave, _to_boundary(self.d, p, self.radius), alpha)
+        length = torch.where(leave, self.lengths.to_boundary(self.d, p, self.radius), alpha)
         moved = leave | stay
+        self.lengths.move(moved, length)
         self.d = torch.where(moved, self.d + length.to(p) * p, self.d)
         self.r = torch.where(moved, self.r + length.to(p) * q, self.r)
         self.count = torch.where(moved, self.iteration, self.count)
@@ -181,7 +219,9 @@ class _Path:
         self._end(~rho.isfinite(), Status.NOT_FINITE.value)
         self._end(rho <= 0, Status.BREAKDOWN.value)
         # The first time p is 0.
-        self.p = (rho / self.rho).to(y) * torch.where(self.state == _RUNNING, self.p, 0.0) - y
+        beta = rho / self.rho
+        self.p = beta.to(y) * torch.where(self.state == _RUNNING, self.p, 0.0) - y
+        self.lengths.turn(beta, rho)
         self.rho = rho
 
     def _end(self, where: Tensor, state: int) -> None:
@@ -204,13 +244,6 @@ def _better(answer: DescentStep, problem: Subproblem) -> DescentStep:
         status=answer.status,
         iterations=answer.iterations,
     )
-
-
-def _to_boundary(d: Float[Tensor, " D"], p: Float[Tensor, " D"], radius: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Return tau >= 0 with |d + tau p| = radius for |d| <= radius, without a cancellation."""
-    a, b, room = _dot(p, p), _dot(d, p), (radius.square() - _dot(d, d)).clamp(min=0.0)
-    root = (b.square() + a * room).sqrt()
-    return torch.where(b > 0, room / (b + root), (root - b) / a)
 
 
 def _dot(u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Float[Tensor, ""]:

@@ -5,13 +5,13 @@ Symbols: A = C + lambda I (D, D), g gradient, S (D, 2) an orthonormal basis of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlib.operators import full_precision
+from curvlib.operators import LinearOperator, full_precision
 from curvlib.solvers.descents.more_sorensen import secular_root
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.descents.steihaug import Steihaug
@@ -25,14 +25,12 @@ class TwoDimensionalSubspace(Descent):
     .. math:: \min_{d \in \mathrm{span}\{g, s\}} g^T d + \tfrac12 d^T A d \quad \text{subject to} \quad |d| \le \Delta
 
     Byrd, Schnabel & Shultz (1988); Nocedal & Wright, section 4.1. s is the truncated Newton step of conjugate
-    gradients.
-    Departure: where these meet negative curvature, s is Steihaug's step instead of (A + a I)^-1 g, which would need a
-        bound
-    on the least eigenvalue. So the model falls at least as far as at the Cauchy point, as at the dogleg with the same
-    Newton step, and at negative curvature as at Steihaug's step.
+    gradients. Departure: where these meet negative curvature, s is Steihaug's step instead of (A + a I)^-1 g, which
+    would need a bound on the least eigenvalue. So the model falls at least as far as at the Cauchy point, as at the
+    dogleg with the same Newton step, and at negative curvature as at Steihaug's step.
 
     Args:
-        steihaug: limit, stopping rule and preconditioner of the conjugate gradients.
+        steihaug: limit, stopping rule and preconditioner of the conjugate gradients, with a Euclidean region.
 
     Example:
         >>> from curvlib.operators import Diagonal
@@ -47,6 +45,20 @@ class TwoDimensionalSubspace(Descent):
     def __post_init__(self) -> None:
         if not isinstance(self.steihaug, Steihaug):
             raise TypeError(f"TwoDimensionalSubspace(steihaug=...) must be a Steihaug, got {self.steihaug!r}.")
+        if not self.steihaug.euclidean_radius:
+            raise ValueError(
+                f"TwoDimensionalSubspace takes the exact minimum in a Euclidean ball, got {self.steihaug!r}: leave out "
+                "its region, or use that Steihaug itself."
+            )
+
+    @property
+    def takes_preconditioner(self) -> bool:
+        """Whether the conjugate gradients have none yet."""
+        return self.steihaug.takes_preconditioner
+
+    def preconditioned(self, preconditioner: LinearOperator) -> TwoDimensionalSubspace:
+        """Return the same with a preconditioner of the conjugate gradients."""
+        return replace(self, steihaug=self.steihaug.preconditioned(preconditioner))
 
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step, with the status of the conjugate gradients; mu is unknown on the boundary.
