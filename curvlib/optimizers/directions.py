@@ -186,8 +186,8 @@ class _TruncatedState(DirectionState):
         if solution.status is Status.NOT_FINITE:
             solution.raise_if_failed()
         step, candidates = solution.x, tuple(x for _, x in solution.iterates)
-        if solution.status is Status.NEGATIVE_CURVATURE and not bool(step.any()):
-            # The gradient itself is a direction of negative curvature: the line search goes along it, as in the
+        if solution.status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE) and not bool(step.any()):
+            # The gradient itself is a direction of no or negative curvature: the line search goes along it, as in the
             # truncated Newton method of Nocedal & Wright, algorithm 7.1.
             step, candidates = -situation.gradient, ()
         self._last = solution.x

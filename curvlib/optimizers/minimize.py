@@ -32,7 +32,8 @@ class MinimizationStatus(Enum):
       model predicts changes of h below its rounding errors: the tolerances ask for more than the dtype can give.
     * ``STEP_LIMIT``: ``max_steps`` came first.
     * ``STALLED``: for ``patience`` steps neither has fallen, although the model predicts that h should: all steps were
-      rejected, or a line search has found none.
+      rejected, or a line search has found none. So ends an exact fit, whose h falls to the squares of rounding errors,
+      where all tolerances are 0.
     * ``STOPPED``: the caller's ``stop_when`` asked for it.
     """
 

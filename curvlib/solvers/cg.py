@@ -27,6 +27,12 @@ from curvlib.solvers.solution import Status
 # Up to this D and D K every residual is kept unless the user says otherwise: at most 200 MB in float64.
 _SMALL, _SMALL_BLOCK = 1000, 8192
 
+# p^T A p within this many eps |A| |p|^2 of 0 is the rounding errors of A p. Below half of the largest condition number
+# that the dtype can tell from infinity, 1 / (4 eps), no direction of a positive definite A is so flat.
+_FLAT = 4.0
+# |A| is known from below, up to this factor.
+_SEMIDEFINITE = 4.0
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CG(KrylovMethod):
@@ -35,10 +41,11 @@ class CG(KrylovMethod):
     .. math:: x \leftarrow x + \alpha p, \quad r \leftarrow r + \alpha q, \quad \alpha = r^T P r / p^T q, \quad
         p \leftarrow -P r + \beta p
 
-    Hestenes & Stiefel (1952); Nocedal & Wright, "Numerical Optimization", algorithm 5.3. Departures: b is scaled to
-    size 1, so that float32 does not underflow; the true residual is computed once at the end, and where it does not
-    follow the recurrence the solve goes on from there; p^T A p <= 0 ends it with the iterate before; a recurrence
-    that has sunk below the rounding errors of A x is not continued.
+    Hestenes & Stiefel (1952); Nocedal & Wright, "Numerical Optimization", algorithm 5.3. Departures: b, A and P are
+    scaled to size 1, so that squares neither underflow nor overflow; the true residual is computed once at the end, and
+    where it does not follow the recurrence the solve goes on from there; p^T A p <= 0 ends it with the iterate before,
+    and so does a p^T A p of the size of its rounding errors, for the iterates of a singular system without a solution
+    grow beyond all bounds; a recurrence that has sunk below the rounding errors of A x is not continued.
 
     Args:
         max_iterations: the limit.
@@ -101,6 +108,8 @@ class _Conjugate(Recurrence):
 
     p: Float[Tensor, "D K"]
     rho: Float[Tensor, " K"]  # r^T P r
+    length: Float[Tensor, " K"]  # p^T P^-1 p
+    largest: Float[Tensor, " K"]  # the largest r^T P A P r / r^T P r so far: |P^1/2 A P^1/2| from below
     past: PastResiduals
 
     def start(self) -> None:
@@ -111,31 +120,47 @@ class _Conjugate(Recurrence):
             small = len(self.b) <= _SMALL and self.b.numel() <= _SMALL_BLOCK
             kept = min(self.method.max_iterations, len(self.b)) if small else 0
         self.past = PastResiduals(kept)
+        if self.iteration == 0:
+            self.largest = torch.zeros_like(self.scale)
         y, self.rho = self._descent()
-        self.p = -y
+        self.p, self.length = -y, self.rho
 
     def advance(self) -> Bool[Tensor, " K"]:
         """Make one iteration."""
         p = torch.where(self.running, self.p, 0.0)
         q = self.apply(p)
         curvature = dot(p, q)
+        flat, singular = self._judge_curvature(p, q, curvature)
         alpha = self.rho / curvature
         x, r = self.past.clean(self.x + alpha * p, self.r + alpha * q)
         # A product that overflows or holds NaN shows in these three scalars, and x stays the last finite iterate.
         finite = curvature.isfinite() & x.abs().amax(0).isfinite() & r.abs().amax(0).isfinite()
-        advance = self.running & (curvature > 0) & finite
-        self.end(self.running & (curvature <= 0) & curvature.isfinite(), Status.NEGATIVE_CURVATURE)
+        advance = self.running & (curvature > 0) & ~flat & finite
+        self.end(self.running & singular, Status.SINGULAR)
+        self.end(self.running & ((curvature <= 0) | flat) & curvature.isfinite(), Status.NEGATIVE_CURVATURE)
         self.end(self.running & ~advance, Status.NOT_FINITE)
         self.x, self.r = torch.where(advance, x, self.x), torch.where(advance, r, self.r)
-        self.operator_norm = torch.where(
-            advance, self.operator_norm.maximum(norm_of(q) / norm_of(p)), self.operator_norm
-        )
         return advance
+
+    def _judge_curvature(
+        self, p: Float[Tensor, "D K"], q: Float[Tensor, "D K"], curvature: Float[Tensor, " K"]
+    ) -> tuple[Bool[Tensor, " K"], Bool[Tensor, " K"]]:
+        """Return where p^T A p is nothing but rounding errors, and where A may still have no negative eigenvalue."""
+        self.largest = torch.where(self.running, self.largest.maximum(curvature.abs() / self.rho), self.largest)
+        size = norm_of(q)
+        norm = self.operator_norm.maximum(size / norm_of(p))
+        self.operator_norm = torch.where(self.running & norm.isfinite(), norm, self.operator_norm)
+        noise = _FLAT * torch.finfo(curvature.dtype).eps * self.largest * self.length
+        flat = curvature.abs() <= noise
+        # |A p|^2 <= |A| p^T A p for a semi-definite A.
+        return flat, flat & (size.square() <= _SEMIDEFINITE * self.operator_norm * noise)
 
     def prepare(self) -> None:
         """Make the next direction conjugate to the last."""
         y, rho = self._descent()
-        self.p, self.rho = (rho / self.rho) * torch.where(self.running, self.p, 0.0) - y, rho
+        beta = rho / self.rho
+        self.p, self.rho = beta * torch.where(self.running, self.p, 0.0) - y, rho
+        self.length = rho + beta.square() * self.length
 
     def _descent(self) -> tuple[Float[Tensor, "D K"], Float[Tensor, " K"]]:
         """Return y = P r and r^T y, and end the columns where that is not positive."""

@@ -32,6 +32,7 @@ from curvlib.solvers.solution import (
     StoppingRule,
     WarnAtLimit,
 )
+from curvlib.solvers.units import Unit, power_of_two
 
 _RUNNING = -1  # beside the values of Status
 
@@ -170,27 +171,29 @@ class Recurrence(ABC):
 
     def __init__(self, inverse: IterativeInverse, b: Float[Tensor, "D K"], x0: Float[Tensor, "D K"] | None) -> None:
         self.method, self.operator, self.damping = inverse.method, inverse.operator, inverse.damping
-        largest = b.abs().amax(0)
-        # A power of two, so that scaling rounds nothing.
-        scale = largest.clamp(min=torch.finfo(b.dtype).tiny).log2().floor().exp2()
-        self.scale = torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
+        # b, A and P are brought to size 1 by powers of two, which round nothing, so that squares neither underflow nor
+        # overflow; x is then in units of scale / unit.
+        self.scale = power_of_two(b)
+        self.unit, self.preconditioner_unit = Unit(self.scale), Unit(self.scale)
         self.b = b / self.scale
         self.rhs_norm = norm_of(self.b) * self.scale
-        self.is_zero = largest == 0
+        self.is_zero = (b == 0).all(0)
         self.products = 0
         self.iteration = 0
         self.values: list[Float[Tensor, " K"]] = []
         self.stored: list[tuple[int, Float[Tensor, "D K"]]] = []
-        self.status: Int[Tensor, " K"] = torch.full_like(largest, _RUNNING, dtype=torch.long)
+        self.status: Int[Tensor, " K"] = torch.full_like(self.scale, _RUNNING, dtype=torch.long)
         self.iterations: Int[Tensor, " K"] = torch.zeros_like(self.status)
         self.refinements: Int[Tensor, " K"] = torch.zeros_like(self.status)  # iterations in systems beside this one
-        self.operator_norm = torch.zeros_like(largest)  # the largest |A p| / |p| so far, from below
+        self.operator_norm = torch.zeros_like(self.scale)  # the largest |A p| / |p| so far, from below
         self.x = torch.zeros_like(b)
         self.r = -self.b
         if x0 is not None:
-            usable = x0.isfinite().all(0) & ~self.is_zero
-            self.x = torch.where(usable, x0 / self.scale, 0.0)
-            self.r = self._true_residual()
+            finite = x0.isfinite().all(0)
+            self.end(~finite, Status.NOT_FINITE)
+            x0 = torch.where(finite & ~self.is_zero, x0 / self.scale, 0.0)
+            product = self.apply(x0)  # finds the unit of A
+            self.x, self.r = x0 * self.unit.value, product * self.unit.value - self.b
         self.values.append(self._phi(self.r))
         self._test(self.running)
         self.start()
@@ -264,8 +267,14 @@ class Recurrence(ABC):
 
     def preconditioned(self, r: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """Return P r; the columns that have ended may hold anything and are kept from P."""
+        return r if self.method.preconditioner is None else self.times_preconditioner(torch.where(self.running, r, 0.0))
+
+    def times_preconditioner(self, r: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """Return P r."""
         P = self.method.preconditioner
-        return r if P is None else (P @ torch.where(self.running, r, 0.0)).detach()
+        if P is None:
+            return r
+        return self.preconditioner_unit.divide((P @ r).detach(), r)
 
     def _judge(self) -> Bool[Tensor, " K"]:
         """Hold the finished columns against their true residuals, and return those worth a restart from there."""
@@ -286,25 +295,32 @@ class Recurrence(ABC):
         judged = torch.where((excess <= bound) & useful, Status.ROUNDING_FLOOR.value, judged)
         judged = torch.where(excess <= bound.minimum(target), Status.CONVERGED.value, judged)
         judged = torch.where(norm.isfinite(), judged, Status.NOT_FINITE.value)
-        self.status = torch.where(finished, judged, self.status)
+        # Once x is as good as the dtype allows, directions are rounding errors and may well be flat.
+        good = (self.status == Status.SINGULAR.value) & (judged <= Status.ROUNDING_FLOOR.value)
+        self.status = torch.where(finished | good, judged, self.status)
         return again | (finished & (judged == Status.BREAKDOWN.value))
 
     def outcome(self, b: Float[Tensor, " D *K"]) -> Solution:
         """Return the value, in the units and the shape of b."""
-        columns = b.shape[1:]
+        columns, size = b.shape[1:], self.scale / self.unit.value
+        # A solution beyond the largest number is none.
+        fits = size.isfinite() & (self.x * size).isfinite().all(0)
+        size = torch.where(fits, size, 1.0)
+        self.status = torch.where(fits, self.status, Status.NOT_FINITE.value)
+        self.x, self.r = torch.where(fits, self.x, 0.0), torch.where(fits, self.r, -self.b)
         relative = torch.where(self.is_zero, 0.0, norm_of(self.r) * self.scale / self.rhs_norm)
-        phi = torch.where(self.is_zero, 0.0, self._phi(self.r) * self.scale.square())
+        phi = torch.where(self.is_zero, 0.0, self._phi(self.r) * size * self.scale)
         kept = [(i, x) for i, x in self.stored if i < self.iteration]
         if self.method.store is not None:
             kept.append((self.iteration, self.x))
         return Solution(
-            x=(self.x * self.scale).reshape(b.shape),
+            x=(self.x * size).reshape(b.shape),
             statuses=tuple(Status(value) for value in self.status.tolist()),
             column_iterations=tuple((self.iterations + self.refinements).tolist()),
             residual_norm=relative.reshape(columns),
             model_value=phi.reshape(columns),
             products=self.products,
-            iterates=tuple((i, (x * self.scale).reshape(b.shape)) for i, x in kept),
+            iterates=tuple((i, torch.where(fits, x * size, 0.0).reshape(b.shape)) for i, x in kept),
             method=self.method.title,
             asked=str(self.method.stop),
             limit=self.method.max_iterations,
@@ -316,8 +332,9 @@ class Recurrence(ABC):
 
     def apply(self, V: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """Return A V."""
+        product = (self.operator @ V).detach().add(V, alpha=self.damping)
         self.products += 1
-        return (self.operator @ V).detach().add(V, alpha=self.damping)
+        return self.unit.divide(product, V)
 
     def _true_residual(self) -> Float[Tensor, "D K"]:
         return self.apply(self.x) - self.b

@@ -57,9 +57,9 @@ class MINRES(KrylovMethod):
 
     .. math:: x \leftarrow x - \frac{r^T x}{r^T P r} P r
 
-    With a preconditioner, least squares are those of |r|_P, and the shortest is that in P^-1. Departures: b is scaled
-    to size 1; the residual vector is carried along, so that stopping rules look at its size in the Euclidean norm
-    whatever P is; true residuals decide, and where they do not follow the recurrence the solve goes on from there,
+    With a preconditioner, least squares are those of |r|_P, and the shortest is that in P^-1. Departures: b, A and P
+    are scaled to size 1; the residual vector is carried along, so that stopping rules look at its size in the Euclidean
+    norm whatever P is; true residuals decide, and where they do not follow the recurrence the solve goes on from there,
     which repairs what the short recurrence loses on ill-conditioned systems.
 
     Args:
@@ -179,14 +179,14 @@ class _MinimalResidual(Recurrence):
             return returning
         best = torch.where(returning, self.best, 0.0)
         r = torch.where(returning, self.apply(best) - self.b, 0.0)
-        y = self._precondition(r)
+        y = self.times_preconditioner(r)
         Ay = self.apply(y)
         square = dot(r, y)
-        normal = dot(Ay, self._precondition(Ay)).clamp(min=0.0).sqrt()
+        normal = dot(Ay, self.times_preconditioner(Ay)).clamp(min=0.0).sqrt()
         bound = _CONFIRMED * _CANDIDATE * torch.finfo(normal.dtype).eps ** 0.5 * self.lanczos_size
         confirmed = returning & (square > 0) & (normal <= bound * square.clamp(min=0.0).sqrt())
         own = torch.where(returning, self.r, 0.0)
-        confirmed = confirmed & ~(dot(own, self._precondition(own)) < _FALLEN**2 * square)
+        confirmed = confirmed & ~(dot(own, self.times_preconditioner(own)) < _FALLEN**2 * square)
         lift = dot(r, best) / square
         self.x = torch.where(confirmed, best - lift * y, self.x)
         self.r = torch.where(confirmed, r - lift * Ay, self.r)
@@ -200,7 +200,8 @@ class _MinimalResidual(Recurrence):
         """Return to the start where the true |r|_P, which grows by rounding errors alone, is larger than there."""
         x, r = self.first
         own, start = (torch.where(self.is_zero, 0.0, v) for v in (self.r, r))
-        grown = dot(own, self._precondition(own)) > _GROWN_RESIDUAL**2 * dot(start, self._precondition(start))
+        sizes = [dot(v, self.times_preconditioner(v)) for v in (own, start)]
+        grown = sizes[0] > _GROWN_RESIDUAL**2 * sizes[1]
         ends = (Status.LEAST_SQUARES.value, Status.ILL_CONDITIONED.value)
         lost = grown & (self.running | torch.stack([self.status == value for value in ends]).any(0))
         self.x, self.r = torch.where(lost, x, self.x), torch.where(lost, r, self.r)
@@ -226,7 +227,3 @@ class _MinimalResidual(Recurrence):
         self.end(~square.isfinite(), Status.NOT_FINITE)
         self.end(square < -rounding, Status.BREAKDOWN)
         return y, square.clamp(min=0.0).sqrt()
-
-    def _precondition(self, r: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        P = self.method.preconditioner
-        return r if P is None else (P @ r).detach()

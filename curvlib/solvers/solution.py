@@ -31,10 +31,13 @@ class Status(Enum):
       only, and may be no use for this one.
     * ``LEAST_SQUARES``: A is singular to working precision and no x solves the system: x minimises |b - A x| and is the
       shortest that does.
-    * ``NEGATIVE_CURVATURE``: p^T A p <= 0 along a search direction p: A is not positive definite.
+    * ``SINGULAR``: p^T A p is no more than its rounding errors along a search direction p: A is singular to working
+      precision, and b has a part outside of its range; x is the iterate before.
+    * ``NEGATIVE_CURVATURE``: p^T A p < 0 along a search direction p: A is not positive definite.
     * ``BREAKDOWN``: the recurrence lost its meaning: the preconditioner is not positive definite, or the true
       residual does not follow the recurrence (a random or non-linear operator).
-    * ``NOT_FINITE``: b or a product held NaN or infinity; x is the last finite iterate.
+    * ``NOT_FINITE``: b, x0 or a product held NaN or infinity, or the solution is beyond the range of the dtype; x is
+      the last finite iterate, or 0.
     """
 
     CONVERGED = 0
@@ -42,9 +45,10 @@ class Status(Enum):
     ITERATION_LIMIT = 2
     ILL_CONDITIONED = 3
     LEAST_SQUARES = 4
-    NEGATIVE_CURVATURE = 5
-    BREAKDOWN = 6
-    NOT_FINITE = 7
+    SINGULAR = 5
+    NEGATIVE_CURVATURE = 6
+    BREAKDOWN = 7
+    NOT_FINITE = 8
 
     @property
     def solved(self) -> bool:
@@ -68,13 +72,16 @@ _DIAGNOSES = {
     Status.LEAST_SQUARES: "found no solution: the matrix is singular and the right-hand side not in its range; after "
     "{iterations} iterations x is the shortest least-squares solution, relative residual {residual}; raise the damping "
     "for a system that has a solution",
-    Status.NEGATIVE_CURVATURE: "met negative curvature, p^T (C + damping I) p <= 0, after {iterations} iterations with "
+    Status.SINGULAR: "met a matrix C + damping I that is singular in {dtype} and a right-hand side that is not in its "
+    "range, after {iterations} iterations with relative residual {residual}; raise the damping, or use MINRES for the "
+    "shortest least-squares solution",
+    Status.NEGATIVE_CURVATURE: "met negative curvature, p^T (C + damping I) p < 0, after {iterations} iterations with "
     "relative residual {residual}; raise the damping above minus the smallest eigenvalue of C, or use a positive "
     "semi-definite curvature matrix",
     Status.BREAKDOWN: "broke down after {iterations} iterations with relative residual {residual} (asked {asked}); "
     "check that the preconditioner is positive definite and the operator linear and free of randomness",
     Status.NOT_FINITE: "met NaN or infinity after {iterations} iterations, x is the last finite iterate; check the "
-    "right-hand side, the operator and the preconditioner",
+    "right-hand side, the start, the operator and the preconditioner",
 }
 
 
@@ -177,7 +184,7 @@ class Progress:
         iteration: i, the number of the last iteration; 0 before the first.
         residual_norm: |r| of each column, from the recurrence.
         rhs_norm: |b| of each column.
-        values: phi(x_0) ... phi(x_i), each in units of about the column's max |b|^2, against underflow.
+        values: phi(x_0) ... phi(x_i), each column in a unit of its own, against underflow.
     """
 
     iteration: int

@@ -90,7 +90,13 @@ class Dogleg(Descent):
             raise SolveError(
                 f"Dogleg needs a positive definite C + damping I: {error} {_REMEDY}", error.solution
             ) from error
-        if status in (Status.NEGATIVE_CURVATURE, Status.NOT_FINITE, Status.BREAKDOWN, Status.LEAST_SQUARES):
+        if status in (
+            Status.LEAST_SQUARES,
+            Status.SINGULAR,
+            Status.NEGATIVE_CURVATURE,
+            Status.BREAKDOWN,
+            Status.NOT_FINITE,
+        ):
             raise SolveError(
                 f"Dogleg needs a positive definite C + damping I, but the solver of its Newton step ended with "
                 f"{status.name} after {iterations} iterations. {_REMEDY}"

@@ -48,7 +48,7 @@ class Steihaug(Descent):
         >>> C = Diagonal(torch.tensor([1.0, -1.0]))
         >>> answer = Steihaug().solve(Subproblem(operator=C, gradient=torch.tensor([0.0, 3.0]), radius=2.0))
         >>> answer.step, answer.on_boundary, answer.status
-        (tensor([ 0., -2.]), True, <Status.NEGATIVE_CURVATURE: 5>)
+        (tensor([ 0., -2.]), True, <Status.NEGATIVE_CURVATURE: 6>)
     """
 
     max_iterations: int = 250

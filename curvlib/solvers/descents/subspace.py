@@ -69,7 +69,7 @@ class TwoDimensionalSubspace(Descent):
         radius, g = problem.finite_radius("TwoDimensionalSubspace"), problem.gradient
         solution = self.steihaug.unconstrained()(problem.operator, problem.damping).solve(-g)
         second, status, iterations = solution.x, solution.status, solution.iterations
-        if status is Status.NEGATIVE_CURVATURE:
+        if status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE):
             steihaug = self.steihaug.solve(problem)
             second, iterations = steihaug.step, iterations + steihaug.iterations
         if status is Status.NOT_FINITE:
