@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvlib.approximations import Approximation, Exact, joined
@@ -27,7 +28,16 @@ from curvlib.optimizers.proposal import (
     refuse_what_follows_steps,
 )
 from curvlib.optimizers.situation import Situation, check_fraction
-from curvlib.solvers import CG, ProgressTest, Status, check_deterministic, damped_inverse, damping_structure
+from curvlib.solvers import (
+    CG,
+    Prediction,
+    ProgressTest,
+    Solution,
+    Status,
+    check_deterministic,
+    damped_inverse,
+    damping_structure,
+)
 from curvlib.solvers.solution import IterateGrid
 
 
@@ -118,7 +128,9 @@ class TruncatedNewton(Direction):
     """
 
     curvature: Approximation = field(default_factory=lambda: Exact(GGN()))
-    cg: CG = field(default_factory=lambda: CG(max_iterations=250, stop=ProgressTest(), store=IterateGrid()))
+    cg: CG = field(
+        default_factory=lambda: CG(max_iterations=250, stop=ProgressTest(), store=IterateGrid(), always_verify=False)
+    )
     preconditioner: Approximation | Preconditioner | None = None
     warm_start: float = 0.95
     fraction: float = 1.0
@@ -161,6 +173,12 @@ class TruncatedNewton(Direction):
         return Preconditioner(curvature=self.preconditioner, fraction=self.fraction).start_anew(objective)
 
 
+def _prediction(solution: Solution, damping: float) -> Prediction:
+    """Return M(Delta) - M(0) from phi(Delta), which the solver knows, so that no product is spent on it."""
+    damped, square = torch.stack([solution.model_value, solution.x @ solution.x]).tolist()
+    return Prediction(damped=damped, undamped=damped - 0.5 * damping * square)
+
+
 class _TruncatedState(DirectionState):
     """The last solution, which warms the next solve, and the state of the preconditioner."""
 
@@ -186,10 +204,11 @@ class _TruncatedState(DirectionState):
         if solution.status is Status.NOT_FINITE:
             solution.raise_if_failed()
         step, candidates = solution.x, tuple(x for _, x in solution.iterates)
+        prediction = None if regularizer is not None else _prediction(solution, situation.damping)
         if solution.status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE) and not bool(step.any()):
             # The gradient itself is a direction of no or negative curvature: the line search goes along it, as in the
             # truncated Newton method of Nocedal & Wright, algorithm 7.1.
-            step, candidates = -situation.gradient, ()
+            step, candidates, prediction = -situation.gradient, (), None
         self._last = solution.x
         return Proposal(
             step=step,
@@ -197,6 +216,7 @@ class _TruncatedState(DirectionState):
             regularizer=regularizer,
             candidates=candidates,
             iterations=solution.iterations,
+            prediction=prediction,
         )
 
     def accepted(self, step: Tensor) -> None:

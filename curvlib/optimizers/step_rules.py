@@ -148,13 +148,12 @@ class FixedLength(StepRule):
 
     def choose(self, situation: Situation, proposal: Proposal, previous: Float[Tensor, " D"] | None) -> Choice:
         """Return the combination with the fixed coefficients."""
-        step = self.learning_rate * proposal.step
+        step = proposal.step if self.learning_rate == 1 else self.learning_rate * proposal.step
         if previous is not None and self.momentum > 0:
             step = step + self.momentum * previous
-        prediction = proposal.prediction if self.learning_rate == 1 and self.momentum == 0 else None
         return Choice(
             step=step,
-            prediction=prediction if prediction is not None else proposal_model(situation, proposal).predict(step),
+            prediction=predicted(situation, proposal, step),
             learning_rate=self.learning_rate,
             momentum=self.momentum if previous is not None else 0.0,
         )
@@ -198,7 +197,7 @@ class BacktrackingLineSearch(StepRule):
 
         step, value = _backtrack(value_at, proposal)
         # rho compares the whole step with the model, before the line search: a short step fits any model
-        prediction = proposal_model(situation, proposal).predict(step)
+        prediction = predicted(situation, proposal, step)
         start, slope = float(situation.evaluation.value), float(situation.gradient @ step)
         judged, rate = value, 1.0
         for _ in range(self.max_trials if slope < 0 else 0):
@@ -229,6 +228,13 @@ def check_rates(owner: str, learning_rate: float, momentum: float) -> None:
         raise ValueError(f"{owner} needs learning_rate > 0, got {learning_rate!r}.")
     if not 0 <= momentum < 1:
         raise ValueError(f"{owner} needs 0 <= momentum < 1, got {momentum!r}.")
+
+
+def predicted(situation: Situation, proposal: Proposal, step: Tensor) -> Prediction:
+    """Return M(d) - M(0) by the proposal's own curvature: what the solver knows, or else a quadratic form."""
+    if step is proposal.step and proposal.prediction is not None:
+        return proposal.prediction
+    return proposal_model(situation, proposal).predict(step)
 
 
 def proposal_model(situation: Situation, proposal: Proposal) -> QuadraticModel:

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlib.objective import Elsewhere
 from curvlib.optimizers.proposal import Proposal
 from curvlib.optimizers.situation import Situation
-from curvlib.optimizers.step_rules import Choice, StepRule, proposal_model
+from curvlib.optimizers.step_rules import Choice, StepRule, predicted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class StrongWolfe(StepRule):
         rate = self._rate(line, start, slope) if slope < 0 else 0.0
         return Choice(
             step=rate * proposal.step,
-            prediction=proposal_model(situation, proposal).predict(proposal.step),
+            prediction=predicted(situation, proposal, proposal.step),
             learning_rate=rate,
             value=line.value(rate) if rate else start,
             judged_value=judged,

@@ -61,6 +61,9 @@ class CG(KrylovMethod):
             distinct eigenvalues of P A, for 3 vectors of memory and 6 D operations a residual and column. None keeps
             all of them where D <= 1000 and D K <= 8192, so that rounding errors do not decide the number of iterations
             there, and none for larger systems, of which few are solved in so many iterations that it matters.
+        always_verify: whether a last product gives the true residual under a stopping rule that guarantees none as
+            well, such as :class:`ProgressTest`. False saves this product there: ``Solution.residual_norm`` and
+            ``Solution.model_value`` are then those of the recurrence, which rounding errors part from the true ones.
 
     Example:
         >>> from curvlib.operators import Diagonal
@@ -74,6 +77,7 @@ class CG(KrylovMethod):
     title: ClassVar[str] = "conjugate gradients"
 
     reorthogonalize: int | None = None
+    always_verify: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +158,13 @@ class _Conjugate(Recurrence):
         flat = curvature.abs() <= noise
         # |A p|^2 <= |A| p^T A p for a semi-definite A.
         return flat, flat & (size.square() <= _SEMIDEFINITE * self.operator_norm * noise)
+
+    def needs_verification(self) -> bool:
+        """Return whether the rule guarantees a residual, or all are to be verified."""
+        assert isinstance(self.method, CG)
+        if self.method.always_verify:
+            return True
+        return bool(self.method.stop.residual_target(self.rhs_norm).isfinite().any())
 
     def prepare(self) -> None:
         """Make the next direction conjugate to the last."""

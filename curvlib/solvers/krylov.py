@@ -241,6 +241,10 @@ class Recurrence(ABC):
     def prepare(self) -> None:  # noqa: B027 - most methods have nothing to do
         """Get ready for the next iteration, once the columns that are good enough have been ended."""
 
+    def needs_verification(self) -> bool:
+        """Return whether the finished columns are held against their true residuals. Default: yes."""
+        return True
+
     def conclude(self) -> Bool[Tensor, " K"]:
         """Judge what a method has ended with a status of its own, by the true ``r``; return what is worth a restart."""
         return torch.zeros_like(self.running)
@@ -278,7 +282,7 @@ class Recurrence(ABC):
 
     def _judge(self) -> Bool[Tensor, " K"]:
         """Hold the finished columns against their true residuals, and return those worth a restart from there."""
-        if self.iterations.any():
+        if self.iterations.any() and self.needs_verification():
             self.r = self._true_residual()
         again = self.conclude()
         finished = (self.status == Status.CONVERGED.value) | (self.status == Status.ROUNDING_FLOOR.value)

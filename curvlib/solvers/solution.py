@@ -93,7 +93,8 @@ class Solution:
         x: the solution, in the shape of b.
         statuses: the status of each column, one for a vector b.
         column_iterations: the iterations of each column.
-        residual_norm: true |b - A x| / |b| of each column, from an explicit product at the end; 0 where b = 0.
+        residual_norm: true |b - A x| / |b| of each column, from an explicit product at the end unless
+            ``CG(always_verify=False)`` saved it; 0 where b = 0.
         model_value: phi(x) = 1/2 x^T A x - b^T x = 1/2 x^T (r - b), r = A x - b, of each column.
         products: how many times the operator was applied to a block, the final check included.
         iterates: pairs (i, x_i), increasing in i, the last one included; empty where none were asked for.
