@@ -2,11 +2,12 @@
 
 from math import inf
 
+import pytest
 import torch
 from optimizer_cases import classification, linear_regression
 
 from curvlib import GGN, Hessian
-from curvlib.approximations import Dense, Exact
+from curvlib.approximations import Dense, Exact, Identity
 from curvlib.optimizers import (
     FixedLength,
     SecondOrderOptimizer,
@@ -78,6 +79,33 @@ def test_solves_are_longer_where_the_damping_has_fallen():
         iterations.append([optimizer.step(batch).iterations for _ in range(2)])
     assert iterations[0][0] == iterations[1][0]
     assert iterations[0][1] > 2 * iterations[1][1]
+
+
+@pytest.mark.parametrize("structural", [None, Identity()])
+def test_the_prediction_is_that_of_the_dense_model(structural):
+    """By the recurrence of the solver, or by a quadratic form where the damping has a structure."""
+    objective, batch = classification(dtype=torch.float64)
+    damping = ConstantDamping(0.01)
+    optimizer = hessian_free(objective, damping=damping, structural_damping=structural, structural_weight=2.0)
+    for _ in range(3):  # the first solve has no warm start
+        evaluation, theta = objective.at(batch), objective.parameter_vector()
+        g, C = evaluation.gradient(), Dense(GGN()).estimate(evaluation).to_dense()
+        result = optimizer.step(batch)
+        step = objective.parameter_vector() - theta
+        assert result.learning_rate == 1.0
+        assert result.predicted == pytest.approx(float(g @ step + 0.5 * step @ C @ step), rel=1e-9)
+
+
+@pytest.mark.parametrize("structural", [None, Identity()])
+def test_no_product_is_spent_on_what_the_solver_knows(structural):
+    objective, batch = classification(dtype=torch.float64)
+    optimizer = hessian_free(objective, damping=ConstantDamping(1.0), structural_damping=structural)
+    for warm in (0, 1):
+        result = optimizer.step(batch)
+        # A form of C d is two thirds; a gradient, a product for each iteration and for the residual of the start,
+        # and the values of the last iterate and of the one before, which is no better.
+        form = 0.0 if structural is None else 2 / 3
+        assert result.gradient_evaluations == pytest.approx(1 + 4 / 3 * (result.iterations + warm) + 2 / 3 + form)
 
 
 def test_warm_starts_shorten_the_solve():

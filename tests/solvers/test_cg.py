@@ -89,6 +89,23 @@ def test_check_every_changes_products_and_nothing_else(seed, size, every):
     assert rarely.products == every * ceil(rarely.iterations / every) + 1
 
 
+@pytest.mark.parametrize("x0", [None, 0.1])
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("rule", [ResidualTest(relative=1e-6), ProgressTest(epsilon=1e-4, min_window=3)])
+def test_a_residual_that_no_rule_asks_for_is_not_verified_unless_always(rule, always, x0):
+    C, B = spd(0, 30, condition=100.0), normal(0, 30, 2)
+    start = None if x0 is None else x0 * B
+    solution = CG(stop=rule, always_verify=always)(Dense(C), 0.1).solve(B, start)
+    verified = always or isinstance(rule, ResidualTest)
+    assert solution.status is Status.CONVERGED
+    assert solution.products == solution.iterations + (x0 is not None) + verified
+    # a recurrence in float64 has parted from b - A x by rounding errors alone, whoever computed it
+    A = C + 0.1 * torch.eye(30, dtype=C.dtype)
+    torch.testing.assert_close(solution.residual_norm, (B - A @ solution.x).norm(dim=0) / B.norm(dim=0))
+    phi = 0.5 * (solution.x * (A @ solution.x)).sum(0) - (B * solution.x).sum(0)
+    torch.testing.assert_close(solution.model_value, phi)
+
+
 def test_on_the_device(device):
     C, B = spd(0, 30).to(device), normal(0, 30, 3).to(device)
     solution = CG(stop=ProgressTest(epsilon=1e-9), store=IterateGrid(), check_every=4)(Dense(C), 1e-2).solve(B)
