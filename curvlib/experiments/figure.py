@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
 from curvlib.experiments.comparison import Comparison
 from curvlib.experiments.records import Record
@@ -40,6 +41,7 @@ class _Panel:
         y: of a record and the one before; None where the method has none.
         logarithmic: whether y is drawn so.
         limits: of y, with a line at 1 between them; None for those of the data.
+        counts: whether x and y count something, which has whole numbers at its ticks.
     """
 
     x_label: str
@@ -48,6 +50,7 @@ class _Panel:
     y: Callable[[Record, Record | None], float | None]
     logarithmic: bool = True
     limits: tuple[float, float] | None = None
+    counts: tuple[bool, bool] = (False, False)
 
     def points(self, curve: _Curve) -> tuple[list[float], list[float]]:
         """Return what can be drawn; step 0 and numbers that are not positive have no place on logarithmic axes."""
@@ -112,7 +115,10 @@ def _loss_panels(comparison: Comparison, *, logarithmic: bool) -> list[_Panel]:
         "seconds of training": lambda record: record.seconds,
         "work, in gradients of all training examples": _passes,
     }
-    return [_Panel(name, label, x, lambda record, _: record.loss, logarithmic) for name, x in against.items()]
+    return [
+        _Panel(name, label, x, lambda record, _: record.loss, logarithmic, counts=(name == "iterations", False))
+        for name, x in against.items()
+    ]
 
 
 def _passes(record: Record) -> float:
@@ -129,18 +135,20 @@ def _solver_iterations_a_step(record: Record, last: Record | None) -> float | No
     return (record.solver_iterations - before) / steps if steps > 0 else None
 
 
+def _against_iterations(y_label: str, y: Callable[[Record, Record | None], float | None], **options: Any) -> _Panel:
+    return _Panel("iterations", y_label, lambda record: record.step, y, **{"counts": (True, False), **options})
+
+
 _INNER_PANELS = (
-    _Panel("iterations", "damping", lambda record: record.step, lambda record, _: record.damping or None),
-    _Panel("iterations", "radius", lambda record: record.step, lambda record, _: record.radius),
-    _Panel(
-        "iterations",
+    _against_iterations("damping", lambda record, _: record.damping or None),
+    _against_iterations("radius", lambda record, _: record.radius),
+    _against_iterations(
         "actual / predicted reduction",
-        lambda record: record.step,
         lambda record, _: record.ratio,
         logarithmic=False,
         limits=(-0.5, 2.0),  # beyond them, a ratio says no more than they do
     ),
-    _Panel("iterations", "solver iterations a step", lambda record: record.step, _solver_iterations_a_step),
+    _against_iterations("solver iterations a step", _solver_iterations_a_step, counts=(True, True)),
 )
 
 
@@ -171,13 +179,34 @@ def _draw(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
 def _make_logarithmic(axes: Axes, panel: _Panel) -> None:
     # Most of the loss falls within the first seconds: on a linear axis, every curve would be a vertical wall.
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    x_counts, y_counts = panel.counts
+    _label(axes.xaxis, _whole_ticks(axes.xaxis) if x_counts else None)
     if not panel.logarithmic:
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     # Losses that fall by less than a factor of ten would otherwise have one labelled tick, or none.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,))
+    _label(axes.yaxis, (_whole_ticks(axes.yaxis) if y_counts else None) or ticks)
+
+
+def _label(axis: Axis, ticks: Locator | None) -> None:
+    if ticks is not None:
+        axis.set_major_locator(ticks)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _whole_ticks(axis: Axis) -> Locator | None:
+    """Return whole numbers as ticks of a logarithmic axis of counts, None where powers of ten and their parts do."""
+    low, high = axis.get_view_interval()
+    if low < 0.9 and axis.get_data_interval()[0] >= 1:
+        low = 0.9  # around a single number the axis spans powers of ten
+        axis.set_view_interval(low, high, ignore=True)
+    # A logarithmic locator that finds too few powers of ten takes fractions.
+    if high < 1 or high >= 10 * low:
+        return None
+    if math.floor(high) - math.ceil(low) < 1:
+        low, high = math.floor(low) or low, math.floor(high) + 1
+        axis.set_view_interval(low, high, ignore=True)
+    return MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)

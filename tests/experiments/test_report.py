@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import re
 
 import pytest
@@ -170,3 +171,28 @@ def test_figure_and_table_show_damping_ratio_and_solver(monkeypatch):
     (table,) = results_tables(comparison, records, width=200)
     cells = {column.header: [str(cell) for cell in column.cells] for column in table.columns}
     assert cells["solver\niterations"] == ["90", "-"]
+
+
+@pytest.mark.parametrize(
+    "iterations",
+    [[6, 7, 6], [6, 6, 6], [1, 1, 1], [1, 2, 9], [40, 38, 44], [3, 30, 290]],
+    ids=lambda counts: "-".join(map(str, counts)),
+)
+def test_counts_have_whole_numbers_at_their_ticks(monkeypatch, iterations):
+    comparison = comparison_of("hessian-free")
+    records = [record("hessian-free", 0, 9.0)]
+    for step, total in enumerate(itertools.accumulate(iterations), start=5):
+        own = record("hessian-free", step, 9.0 / step)
+        total += 5 * iterations[0] - iterations[0]  # the first record is of five steps
+        records.append(dataclasses.replace(own, solver_iterations=total, damping=1.0 / step, ratio=1.0))
+    for axes, lines in curves_of(monkeypatch, comparison, records):
+        counts = [axes.xaxis] if axes.get_xlabel() == "iterations" else []
+        if axes.get_ylabel() == "solver iterations a step":
+            counts.append(axes.yaxis)
+            assert [y for _, y in lines["hessian-free"]] == iterations
+        for axis in counts:
+            low, high = axis.get_view_interval()
+            ticks = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+            assert len(ticks) >= 2
+            assert all(tick == round(tick) for tick in ticks)
+            assert [axis.get_major_formatter()(tick) for tick in ticks] == [str(round(tick)) for tick in ticks]
