@@ -41,6 +41,8 @@ _NOISE_OF_RECURRENCE = 0.1
 # A true residual within ten times that size is what backward stability gives; a larger one is worth a restart.
 BACKWARD_STABLE = 10.0
 _MOST_RESTARTS = 3
+# Products that bring an estimate of |A| to at least D^(-1/10) of it from most starts.
+_POWER_ITERATIONS = 5
 # A relative residual at the rounding floor that leaves fewer than two digits of b is no solution.
 _LEAST_USEFUL = 1e-2
 # On the CPU a look waits for nothing; elsewhere one for every product would keep the device waiting.
@@ -186,6 +188,7 @@ class Recurrence(ABC):
         self.iterations: Int[Tensor, " K"] = torch.zeros_like(self.status)
         self.refinements: Int[Tensor, " K"] = torch.zeros_like(self.status)  # iterations in systems beside this one
         self.operator_norm = torch.zeros_like(self.scale)  # the largest |A p| / |p| so far, from below
+        self.measured = False  # whether power iterations have raised it
         self.x = torch.zeros_like(b)
         self.r = -self.b
         if x0 is not None:
@@ -286,23 +289,39 @@ class Recurrence(ABC):
             self.r = self._true_residual()
         again = self.conclude()
         finished = (self.status == Status.CONVERGED.value) | (self.status == Status.ROUNDING_FLOOR.value)
+        self.end(self.running, Status.ITERATION_LIMIT)
+        judged = self._judged_by_residual()
+        if not self.measured and bool((finished & (judged == Status.BREAKDOWN.value)).any()):
+            self._measure_operator()
+            judged = self._judged_by_residual()
+        # Once x is as good as the dtype allows, directions are rounding errors and may well be flat.
+        good = (self.status == Status.SINGULAR.value) & (judged <= Status.ROUNDING_FLOOR.value)
+        self.status = torch.where(finished | good, judged, self.status)
+        return again | (finished & (judged == Status.BREAKDOWN.value))
+
+    def _judged_by_residual(self) -> Int[Tensor, " K"]:
+        """Return the status that the true residual gives each column: a breakdown where rounding does not explain it."""
         norm = norm_of(self.r)
         error = torch.finfo(norm.dtype).eps * (self.operator_norm * norm_of(self.x) + norm_of(self.b))
         bound = BACKWARD_STABLE * error * self.scale
         target = self.method.stop.residual_target(self.rhs_norm)
         excess = norm * self.scale - target
-        self.end(self.running, Status.ITERATION_LIMIT)
         judged = torch.full_like(self.status, Status.BREAKDOWN.value)
         judged = torch.where(excess <= bound, Status.ILL_CONDITIONED.value, judged)
         # |A| |x| may exceed |b| by any factor, and then backward stability says nothing about this system.
         useful = norm * self.scale <= _LEAST_USEFUL * self.rhs_norm
         judged = torch.where((excess <= bound) & useful, Status.ROUNDING_FLOOR.value, judged)
         judged = torch.where(excess <= bound.minimum(target), Status.CONVERGED.value, judged)
-        judged = torch.where(norm.isfinite(), judged, Status.NOT_FINITE.value)
-        # Once x is as good as the dtype allows, directions are rounding errors and may well be flat.
-        good = (self.status == Status.SINGULAR.value) & (judged <= Status.ROUNDING_FLOOR.value)
-        self.status = torch.where(finished | good, judged, self.status)
-        return again | (finished & (judged == Status.BREAKDOWN.value))
+        return torch.where(norm.isfinite(), judged, Status.NOT_FINITE.value)
+
+    def _measure_operator(self) -> None:
+        """Raise the estimate of |A|: behind a good preconditioner all directions p are those of small eigenvalues."""
+        self.measured = True
+        v = self.r
+        for _ in range(_POWER_ITERATIONS):
+            v = self.apply(v / norm_of(v))
+            size = norm_of(v)
+            self.operator_norm = torch.where(size.isfinite(), self.operator_norm.maximum(size), self.operator_norm)
 
     def outcome(self, b: Float[Tensor, " D *K"]) -> Solution:
         """Return the value, in the units and the shape of b."""
