@@ -8,7 +8,7 @@ G the matrix (d, d) that has come down to the outputs of a module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,10 +247,8 @@ def _recorded(evaluation: Evaluation) -> tuple[list[_Call], Tensor]:
 
         return hook
 
-    modules = evaluation.objective.model.named_modules()
-    handles = [module.register_forward_hook(note(name)) for name, module in modules if not any(module.children())]
-    try:
+    with ExitStack() as hooks:
+        for name, module in evaluation.objective.model.named_modules():
+            if not any(module.children()):
+                hooks.callback(module.register_forward_hook(note(name)).remove)
         return calls, evaluation.forward_again()
-    finally:
-        for handle in handles:
-            handle.remove()

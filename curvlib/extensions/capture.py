@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,16 +93,13 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Note every call of the plan's modules inside the block."""
-        handles = []
-        for planned in self.plan.modules:
-            begin, note = self._hooks(planned)
-            handles.append(planned.module.register_forward_pre_hook(begin))
-            handles.append(planned.module.register_forward_hook(note, with_kwargs=True, prepend=True))
-        try:
+        # A stack removes the rest as well where an interruption comes between two hooks.
+        with ExitStack() as hooks:
+            for planned in self.plan.modules:
+                begin, note = self._hooks(planned)
+                hooks.callback(planned.module.register_forward_pre_hook(begin).remove)
+                hooks.callback(planned.module.register_forward_hook(note, with_kwargs=True, prepend=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def close(self, model: nn.Module, outputs: Tensor) -> None:
         """Find parameters that reach the outputs on a way that no recorded call covers; their layers are unsupported.

@@ -111,8 +111,8 @@ def _one_function() -> Iterator[None]:
     In evaluation mode ``nn.TransformerEncoder`` then gives zeros at padded positions, and with gradients it does not.
     """
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

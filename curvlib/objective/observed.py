@@ -7,6 +7,7 @@ outputs as functions of theta, J_i = dy_i/dtheta, u_i of y_i's shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, singledispatch
 from typing import Any
@@ -175,15 +176,14 @@ class ObservedPass:
     def _forward(self) -> tuple[Tensor, ...]:
         """Make the pass and return z and the observed outputs, with their graph."""
         calls: list[_Call] = []
-        handles = [
-            module.register_forward_hook(lambda module, _, output, name=name: calls.append(_call(name, module, output)))
-            for name, module in self._modules.items()
-        ]
-        try:
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda module, _, output: calls.append(_call(name, module, output))
+
+        with ExitStack() as hooks:
+            for name, module in self._modules.items():
+                hooks.callback(module.register_forward_hook(note(name)).remove)
             outputs = self.evaluation.forward_again()
-        finally:
-            for handle in handles:
-                handle.remove()
         absent = self._modules.keys() - {call.name for call in calls}
         if absent or not calls:
             raise ValueError(

@@ -9,7 +9,8 @@ from curvlib.optimizers.preconditioner import Preconditioner
 from curvlib.optimizers.presets import gauss_newton, hessian_free, kfac, levenberg_marquardt, newton_trust_region
 from curvlib.optimizers.proposal import Direction, DirectionState, Proposal
 from curvlib.optimizers.scaling import CurvatureScaling, FixedScaling, Scaling, in_scaled_parameters
-from curvlib.optimizers.second_order import NonFiniteLossError, SecondOrderOptimizer, StepResult
+from curvlib.optimizers.second_order import NonFiniteLossError, SecondOrderOptimizer
+from curvlib.optimizers.step_result import StepResult
 from curvlib.optimizers.step_rules import BacktrackingLineSearch, Choice, FixedLength, ModelRescaling, StepRule
 from curvlib.optimizers.wolfe import StrongWolfe
 

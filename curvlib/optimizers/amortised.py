@@ -6,7 +6,7 @@ Symbols: C curvature operator, lambda damping.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from curvlib.optimizers.proposal import (
     take_statistics,
 )
 from curvlib.optimizers.situation import Situation, check_fraction
+from curvlib.optimizers.step_state import StepState
 from curvlib.solvers import SolveError, damped_inverse
 
 # An inverse made with another damping is made anew once the damping has moved by this factor.
@@ -34,8 +35,8 @@ _STALE_DAMPING = 2.0
 _FAILURE_BUDGET = 5
 
 
-class InverseState(ABC):
-    """The running state of an inverse in one optimizer: restored after a rejected step, saved in checkpoints."""
+class InverseState(StepState):
+    """The running state of an inverse in one optimizer."""
 
     @abstractmethod
     def inverse(self, situation: Situation) -> tuple[LinearOperator, LinearOperator]:
@@ -44,22 +45,6 @@ class InverseState(ABC):
     @abstractmethod
     def mean_curvature(self, generator: torch.Generator) -> float:
         """Return trace(C) / D of the last C, or an unbiased estimate."""
-
-    @abstractmethod
-    def accepted(self, step: Tensor) -> None:
-        """Learn that a step (D,) is taken, about to be written: nothing will have to be restored."""
-
-    @abstractmethod
-    def rejected(self) -> None:
-        """Restore bit for bit what was before the last step, which was not taken."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next inverse depends on."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; nothing is changed if it raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +114,10 @@ class _Amortised(InverseState):
         self._inverse: LinearOperator | None = None
         self._inverse_damping = self._mean_curvature = 0.0
         self._rejected = False
-        self._before: tuple[Any, ...] | None = None  # the state before the last step, until that is judged
-        self._evaluation: Evaluation | None = None  # of the last step, likewise
+        self._evaluation: Evaluation | None = None  # of the last step, until that is judged
 
     def inverse(self, situation: Situation) -> tuple[LinearOperator, LinearOperator]:
-        inverse = (self._operator, self._inverse, self._inverse_damping, self._mean_curvature)
-        self._before, self._evaluation = (self._steps, self._average.state_dict(), inverse), situation.evaluation
+        self._evaluation = situation.evaluation
         if self._steps % self._config.statistics_every == 0 or self._average.updates == 0:
             take_statistics(self._average, situation, self._config.fraction)
         if self._is_stale(situation.damping):
@@ -147,19 +130,28 @@ class _Amortised(InverseState):
     def mean_curvature(self, generator: torch.Generator) -> float:
         return self._mean_curvature
 
+    def snapshot(self) -> tuple[Any, ...]:
+        counts = (self._steps, self._failures, self._rejected)
+        inverse = (self._operator, self._inverse, self._inverse_damping, self._mean_curvature)
+        return self._average.state_dict(), counts, inverse
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        average, counts, inverse = snapshot
+        self._average.load_state_dict(average)
+        self._steps, self._failures, self._rejected = counts
+        self._operator, self._inverse, self._inverse_damping, self._mean_curvature = inverse
+        self._evaluation = None
+
     def accepted(self, step: Tensor) -> None:
         if self._evaluation is not None:
             self._average.follow(self._evaluation, step)
-        self._before = self._evaluation = None  # frees the old average
-
-    def rejected(self) -> None:
         self._evaluation = None
-        if self._before is not None:
-            self._steps, average, inverse = self._before
-            self._average.load_state_dict(average)
-            self._operator, self._inverse, self._inverse_damping, self._mean_curvature = inverse
-            self._before = None
-        self._rejected = True
+
+    def rejected(self, snapshot: tuple[Any, ...]) -> None:
+        """Restore, and make the inverse anew at the next step; a refresh that has failed counts all the same."""
+        failures = self._failures
+        self.restore(snapshot)
+        self._failures, self._rejected = failures, True
 
     def _is_stale(self, damping: float) -> bool:
         if self._inverse is None or self._rejected or self._steps < 3 or self._average.cheap_inverse:
@@ -226,11 +218,8 @@ class _Fresh(InverseState):
     def accepted(self, step: Tensor) -> None:
         self._operator = None  # frees the graph of a matrix-free one
 
-    def rejected(self) -> None:
-        self._operator = None
-
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self._operator = None

@@ -89,11 +89,17 @@ class _GradientState(DirectionState):
             mean_curvature=self._state.mean_curvature(situation.generator),
         )
 
+    def snapshot(self) -> Any:
+        return self._state.snapshot()
+
+    def restore(self, snapshot: Any) -> None:
+        self._state.restore(snapshot)
+
     def accepted(self, step: Tensor) -> None:
         self._state.accepted(step)
 
-    def rejected(self) -> None:
-        self._state.rejected()
+    def rejected(self, snapshot: Any) -> None:
+        self._state.rejected(snapshot)
 
     def state_dict(self) -> dict[str, Any]:
         return self._state.state_dict()
@@ -219,14 +225,23 @@ class _TruncatedState(DirectionState):
             prediction=prediction,
         )
 
+    def snapshot(self) -> tuple[Tensor | None, Any]:
+        return self._last, None if self._preconditioner is None else self._preconditioner.snapshot()
+
+    def restore(self, snapshot: tuple[Tensor | None, Any]) -> None:
+        self._last, preconditioner = snapshot
+        if self._preconditioner is not None:
+            self._preconditioner.restore(preconditioner)
+
     def accepted(self, step: Tensor) -> None:
         if self._preconditioner is not None:
             self._preconditioner.accepted(step)
 
-    def rejected(self) -> None:
+    def rejected(self, snapshot: tuple[Tensor | None, Any]) -> None:
+        """Forget the solution, which has led to no good step."""
         self._last = None
         if self._preconditioner is not None:
-            self._preconditioner.rejected()
+            self._preconditioner.rejected(snapshot[1])
 
     def state_dict(self) -> dict[str, Any]:
         inverse = None if self._preconditioner is None else self._preconditioner.state_dict()

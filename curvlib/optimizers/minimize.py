@@ -14,7 +14,8 @@ from numbers import Real
 import torch
 
 from curvlib.objective import Batch
-from curvlib.optimizers.second_order import SecondOrderOptimizer, StepResult
+from curvlib.optimizers.second_order import SecondOrderOptimizer
+from curvlib.optimizers.step_result import StepResult
 
 # A step of this ratio agrees well enough with the model for its size to say something about the minimum.
 _AGREES = 0.25

@@ -122,10 +122,8 @@ class _ModelDescentState(DirectionState):
         self._average = running_average(curvature, config.decay) if averages else None
         self._scales: Tensor | None = None
         self._evaluation: Evaluation | None = None  # of the last proposal, until that is judged
-        self._before: tuple[dict[str, Any] | None, Tensor | None] | None = None  # of average and scales
 
     def propose(self, situation: Situation) -> Proposal:
-        self._before = (None if self._average is None else self._average.state_dict(), self._scales)
         operator = self._operator(situation)
         self._scales = self._scales_for(operator)
         answer = self._config.descent.solve(self._subproblem(operator, situation))
@@ -179,14 +177,7 @@ class _ModelDescentState(DirectionState):
     def accepted(self, step: Tensor) -> None:
         if self._average is not None and self._evaluation is not None:
             self._average.follow(self._evaluation, step)
-        self._before = self._evaluation = None
-
-    def rejected(self) -> None:
-        if self._before is not None:
-            average, self._scales = self._before
-            if self._average is not None and average is not None:
-                self._average.load_state_dict(average)
-        self._before = self._evaluation = None
+        self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
         average = {} if self._average is None else {"average": self._average.state_dict()}
@@ -196,4 +187,4 @@ class _ModelDescentState(DirectionState):
         scales = None if self._config.scaling is None else state["scales"]
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-        self._scales = scales
+        self._scales, self._evaluation = scales, None

@@ -9,7 +9,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +18,7 @@ from curvlib.approximations import Approximation, RunningAverage
 from curvlib.objective import Objective
 from curvlib.operators import LinearOperator
 from curvlib.optimizers.situation import Situation
+from curvlib.optimizers.step_state import StepState
 from curvlib.solvers import Prediction
 from curvlib.solvers.definiteness import takes_indefinite
 
@@ -62,7 +62,7 @@ class Proposal:
         return float(torch.linalg.vector_norm(step if self.scales is None else self.scales * step))
 
 
-class DirectionState(ABC):
+class DirectionState(StepState):
     """The running state of a direction in one optimizer.
 
     Attributes:
@@ -75,24 +75,9 @@ class DirectionState(ABC):
     def propose(self, situation: Situation) -> Proposal:
         """Return a step for the situation, and update the state."""
 
-    @abstractmethod
-    def rejected(self) -> None:
-        """Restore bit for bit what was before the last proposal, which was not taken; warm starts may be forgotten."""
-
     def length(self, situation: Situation, vector: Float[Tensor, " D"]) -> float:
         """Return the length of a vector (D,) as the radius measures it, before the first proposal. Default: |v|."""
         return float(torch.linalg.vector_norm(vector))
-
-    def accepted(self, step: Float[Tensor, " D"]) -> None:  # noqa: B027 - most states keep nothing for a rejection
-        """Learn that the last proposal led to a step (D,), about to be written: nothing will have to be restored."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next proposal depends on."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
 
 
 class Direction(ABC):

@@ -23,6 +23,7 @@ from curvlib.optimizers.judgement import judge
 from curvlib.optimizers.pairing import check_pairing
 from curvlib.optimizers.proposal import Direction
 from curvlib.optimizers.situation import Situation
+from curvlib.optimizers.step_result import StepResult
 from curvlib.optimizers.step_rules import StepRule
 from curvlib.solvers import DampedRatio, DampingControl, RadiusControl, RatioConvention
 
@@ -31,49 +32,33 @@ class NonFiniteLossError(FloatingPointError):
     """The objective or its gradient is not finite; nothing was changed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step did.
+@dataclass(kw_only=True, eq=False)
+class _Before:
+    """What an error within a step returns to.
 
     Attributes:
-        loss: h on the batch before the step, the l2 term included.
-        predicted: M(d) - h by the convention of the ratio. Where a line search has shortened the step, ``predicted``
-            and ``ratio`` are those of the whole step, since a short step fits any model.
-        actual: h(theta + d) - h on the same batch, for the step that was taken, or None if it was not needed.
-        ratio: rho, or None if it was not needed.
-        damping: lambda of this step.
-        accepted: whether the parameters were changed.
-        learning_rate: coefficient of the proposal.
-        momentum: coefficient of the last step.
-        iterations: of an iterative solver.
-        gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
-            network; second moments, inverses and their products are not counted.
-        radius: Delta of this step, None where there is no trust region.
-        gradient_norm: the largest entry of g before the step, by size.
-        step_norm: |d|, whether or not it was accepted; of the proposal, where a line search has found no step along it.
+        control: the state of damping and radius.
+        previous: the last step.
+        draws: the state of the random generator.
+        direction: the snapshot of the direction.
+        theta: the parameters (D,), once they are about to be written.
     """
 
-    loss: float
-    predicted: float
-    actual: float | None
-    ratio: float | None
-    damping: float
-    accepted: bool
-    learning_rate: float
-    momentum: float
-    iterations: int
-    gradient_evaluations: float
-    radius: float | None = None
-    gradient_norm: float = 0.0
-    step_norm: float = 0.0
+    control: ControlState | None
+    previous: Tensor | None
+    draws: Tensor
+    direction: Any
+    theta: Tensor | None = None
 
 
 class SecondOrderOptimizer(torch.optim.Optimizer):
     """theta <- theta + d, with d proposed by a curvature, scaled by a step rule and judged by a control.
 
     The parameters are written once, at the end of an accepted step: an error or a rejected step leaves them untouched.
-    A rejected step restores the state of the direction and the last step bit for bit as well; the damping or the radius
-    moves as its control says, random numbers stay drawn, and buffers of the model are as the forward pass left them.
+    An error or an interruption at any place of a step restores everything in :meth:`state_dict` bit for bit. A rejected
+    step restores the state of the direction and the last step; the damping or the radius moves as its control says,
+    warm starts are forgotten, inverses made anew, and random numbers stay drawn. In both cases the buffers of the model
+    and PyTorch's own random numbers are as the forward pass left them.
 
     Args:
         objective: what to minimise; it brings the model.
@@ -151,8 +136,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the direction takes no curvature batch, or it does not fit a loss that is a sum.
-            NonFiniteLossError: the objective or its gradient is NaN or infinite; parameters and state are unchanged.
+            NonFiniteLossError: the objective or its gradient is NaN or infinite.
             SolveError: the curvature could not be inverted.
+
+        After any error, also one of the model's or a KeyboardInterrupt, the parameters and :meth:`state_dict` are
+        unchanged.
         """
         if curvature_batch is not None and not self._takes_curvature_batch:
             raise ValueError(
@@ -160,27 +148,51 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 "leave it out, or use TruncatedNewton, PreconditionedGradient or ModelDescent."
             )
         evaluation = self.objective.at(batch)
-        with full_precision(self.objective.layout.device):
-            gradient, largest = self._finite_gradient(evaluation)
-            if largest == 0.0:
-                return self._stationary(evaluation)
-            situation = Situation(self.objective, batch, evaluation, gradient, 0.0, self._generator)
-            situation.gradient_norm, situation.curvature_batch = largest, curvature_batch
-            state = self._state if self._state is not None else self._started(situation)
-            situation.damping, first = state.damping.damping, state.damping.first
-            situation.damping_share = situation.damping / first if first else 1.0
-            situation.radius = inf if state.radius is None else state.radius.radius
-            before = (self._state, self._previous, self._generator.get_state())
-            try:
-                result, step = self._propose(situation, state)
-                self._finish(result.accepted, step)
-            except BaseException:  # a KeyboardInterrupt as well
-                self._direction.rejected()
-                self._state, self._previous, draws = before
-                self._generator.set_state(draws)
-                raise
-            # what the direction has learned from the step is work as well
-            return replace(result, gradient_evaluations=situation.work)
+        before = _Before(
+            control=self._state,
+            previous=self._previous,
+            draws=self._generator.get_state(),
+            direction=self._direction.snapshot(),
+        )
+        try:
+            with full_precision(self.objective.layout.device):
+                gradient, largest = self._finite_gradient(evaluation)
+                if largest == 0.0:
+                    return self._stationary(evaluation)
+                situation = Situation(self.objective, batch, evaluation, gradient, 0.0, self._generator)
+                situation.gradient_norm, situation.curvature_batch = largest, curvature_batch
+                return self._step(situation, before)
+        except BaseException:  # a KeyboardInterrupt as well
+            self._restore(before)
+            raise
+
+    def _step(self, situation: Situation, before: _Before) -> StepResult:
+        """Take the step; where this raises, :meth:`_restore` undoes what it has changed."""
+        state = self._state if self._state is not None else self._started(situation)
+        situation.damping, first = state.damping.damping, state.damping.first
+        situation.damping_share = situation.damping / first if first else 1.0
+        situation.radius = inf if state.radius is None else state.radius.radius
+        result, step = self._propose(situation, state)
+        if result.accepted:
+            self._direction.accepted(step)
+            self._previous = step
+        else:
+            self._direction.rejected(before.direction)
+            self._previous = self.step_rule.after_rejection(self._previous)
+        # what the direction has learned from the step is work as well
+        result = replace(result, gradient_evaluations=situation.work)
+        if result.accepted:
+            before.theta = self.objective.parameter_vector()
+            self.objective.layout.write(self.objective.parameters, before.theta + step)
+        return result
+
+    def _restore(self, before: _Before) -> None:
+        """Return to what was before the step."""
+        self._direction.restore(before.direction)
+        self._state, self._previous = before.control, before.previous
+        self._generator.set_state(before.draws)
+        if before.theta is not None:
+            self.objective.layout.write(self.objective.parameters, before.theta)
 
     def _started(self, situation: Situation) -> ControlState:
         """Return the first state of a control that starts with the first batch."""
@@ -224,21 +236,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             step_length=None if state.radius is None else proposal.length_of(choice.step),
         )
         return result, choice.step
-
-    def _finish(self, accepted: bool, step: Float[Tensor, " D"]) -> None:
-        """Write the step, or restore what was before it."""
-        if accepted:
-            self._direction.accepted(step)
-            theta = self.objective.parameter_vector()
-            try:
-                self.objective.layout.write(self.objective.parameters, theta + step)
-            except BaseException:
-                self.objective.layout.write(self.objective.parameters, theta)
-                raise
-            self._previous = step
-        else:
-            self._previous = self.step_rule.after_rejection(self._previous)
-            self._direction.rejected()
 
     def _finite_gradient(self, evaluation: Evaluation) -> tuple[Float[Tensor, " D"], float]:
         """Return the gradient and its largest entry; refuse what is not finite before anything changes."""

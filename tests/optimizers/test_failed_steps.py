@@ -2,26 +2,19 @@
 
 import pytest
 import torch
-from optimizer_cases import small_network
 from torch import nn
 
 from curvlib import GGN, Hessian, Objective
-from curvlib.approximations import KFAC, LBFGS, Dense, Exact
+from curvlib.approximations import KFAC, Dense, Exact
 from curvlib.optimizers import (
     CurvatureScaling,
     FixedScaling,
     ModelDescent,
-    PreconditionedGradient,
-    SecondOrderOptimizer,
-    StrongWolfe,
-    gauss_newton,
     hessian_free,
-    kfac,
     levenberg_marquardt,
     minimize,
-    newton_trust_region,
 )
-from curvlib.solvers import ConstantDamping, MoreSorensen, damped_inverse
+from curvlib.solvers import MoreSorensen
 
 
 class Product(nn.Module):
@@ -61,57 +54,6 @@ def _nothing(proposal):
     object.__setattr__(proposal, "step", torch.zeros_like(proposal.step))
     object.__setattr__(proposal, "candidates", ())
     return proposal
-
-
-def lbfgs(objective):
-    return SecondOrderOptimizer(
-        objective,
-        direction=PreconditionedGradient(curvature=LBFGS(), solver=damped_inverse),
-        step_rule=StrongWolfe(),
-        damping=ConstantDamping(0.0),
-    )
-
-
-PRESETS = [kfac, hessian_free, newton_trust_region, levenberg_marquardt, gauss_newton, lbfgs]
-
-
-@pytest.mark.parametrize("place", ["accepted", "write"])
-@pytest.mark.parametrize("make", PRESETS, ids=lambda make: make.__name__)
-def test_an_interruption_at_the_very_end_of_a_step_leaves_all_as_it_was(make, place, monkeypatch):
-    objective, batch = small_network()
-    optimizer = make(objective)
-    if make is gauss_newton:  # more parameters than outputs
-        optimizer = gauss_newton(Objective(objective.model, objective.loss, l2=0.1))
-        objective = optimizer.objective
-    for _ in range(4):  # what follows is accepted
-        optimizer.step(batch)
-    theta, control = objective.parameter_vector(), optimizer._state
-    previous, draws = optimizer._previous, optimizer._generator.get_state()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if place == "accepted":
-            patch.setattr(optimizer._direction, "accepted", interrupt)
-        else:
-            own = type(objective.layout).write
-            calls = []
-
-            def half(layout, parameters, vector):
-                calls.append(None)
-                own(layout, parameters, vector)
-                if len(calls) == 1:
-                    raise KeyboardInterrupt
-
-            patch.setattr(type(objective.layout), "write", half)
-        # The next step is accepted as well.
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.step(batch)
-    assert torch.equal(objective.parameter_vector(), theta)
-    assert optimizer._state == control
-    assert optimizer._previous is previous
-    assert torch.equal(optimizer._generator.get_state(), draws)
 
 
 def test_scalings_that_do_not_fit_are_refused_before_any_step():
