@@ -147,14 +147,15 @@ class LevenbergMarquardt(DampingControl):
     the interval, since the same step would otherwise be proposed again.
 
     Args:
-        initial: lambda of the first step, a number or a :class:`RelativeStart`.
+        initial: lambda of the first step: a number between floor and ceiling, or a :class:`RelativeStart`, which is
+            brought between them.
         decrease: factor after a good step, in (0, 1].
         increase: factor after a bad step, at least 1.
         low: a ratio below is bad.
         high: a ratio above is good.
         interval: steps from one adaptation to the next.
         floor: the least damping, :class:`AbsoluteFloor`, :class:`RelativeFloor` or :class:`StartFloor`.
-        ceiling: the most damping; it yields to the floor.
+        ceiling: the most damping; it yields to a floor that is relative to the curvature.
         reject_below: a step whose ratio is below is to be undone, so is one of ratio NaN. 0 rejects the steps that
             raise the objective, -inf none but those of ratio NaN.
 
@@ -224,6 +225,12 @@ class LevenbergMarquardt(DampingControl):
             raise ValueError(f"LevenbergMarquardt(interval=...) must be an integer >= 1, got {self.interval!r}.")
         if not (isfinite(self.ceiling) and self.ceiling > 0):
             raise ValueError(f"LevenbergMarquardt(ceiling=...) must be a finite number > 0, got {self.ceiling!r}.")
+        first = self.ceiling if isinstance(self.initial, RelativeStart) else float(self.initial)
+        if not self._least_at_start(first) <= first <= self.ceiling:
+            raise ValueError(
+                f"LevenbergMarquardt needs floor <= initial <= ceiling, got {self.floor!r}, {self.initial!r}, "
+                f"{self.ceiling!r}."
+            )
         if isnan(self.reject_below):
             raise ValueError("LevenbergMarquardt(reject_below=...) must be a number or -inf, got NaN.")
 
@@ -235,7 +242,8 @@ class LevenbergMarquardt(DampingControl):
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step."""
         start = self.initial
-        first = start.damping(gradient_curvature) if isinstance(start, RelativeStart) else start
+        first = min(start.damping(gradient_curvature) if isinstance(start, RelativeStart) else start, self.ceiling)
+        first = max(first, self._least_at_start(first))
         return DampingState(damping=first, first=first)
 
     def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
@@ -261,6 +269,10 @@ class LevenbergMarquardt(DampingControl):
     def accept(self, ratio: float | None) -> bool:
         """Return whether a step of this ratio stays; one whose ratio was not computed does."""
         return ratio is None or ratio >= self.reject_below
+
+    def _least_at_start(self, first: float) -> float:
+        """Return the floor before the first step, 0 where that is unknown."""
+        return 0.0 if self.floor.needs_mean_curvature else self.floor.least(None, first)
 
     def _adapts(self, state: DampingState) -> bool:
         return (state.step + 1) % self.interval == 0

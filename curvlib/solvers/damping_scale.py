@@ -29,6 +29,11 @@ def checked_damping(damping: float, name: str = "damping") -> float:
 class DampingFloor(ABC):
     """The least damping, given the mean curvature trace(C) / D and the first damping."""
 
+    @property
+    def needs_mean_curvature(self) -> bool:
+        """Whether :meth:`least` looks at the mean curvature, which is unknown before the first step. Default: yes."""
+        return True
+
     @abstractmethod
     def least(self, mean_curvature: float | None, first: float | None) -> float:
         """Return the least damping.
@@ -51,6 +56,11 @@ class AbsoluteFloor(DampingFloor):
 
     def __post_init__(self) -> None:
         checked_damping(self.value, "AbsoluteFloor(value=...)")
+
+    @property
+    def needs_mean_curvature(self) -> bool:
+        """False."""
+        return False
 
     def least(self, mean_curvature: float | None, first: float | None) -> float:
         """Return the number."""
@@ -102,6 +112,11 @@ class StartFloor(DampingFloor):
     def __post_init__(self) -> None:
         if not checked_damping(self.fraction, "StartFloor(fraction=...)") <= 1:
             raise ValueError(f"StartFloor(fraction=...) must be at most 1, got {self.fraction!r}.")
+
+    @property
+    def needs_mean_curvature(self) -> bool:
+        """False."""
+        return False
 
     def least(self, mean_curvature: float | None, first: float | None) -> float:
         """Return fraction * first.

@@ -129,7 +129,7 @@ def test_needs_ratio_tells_when_the_objective_must_be_evaluated():
 def test_floor_and_ceiling():
     assert damping_after(control(floor=AbsoluteFloor(0.3)), 0.9, 0.9, 0.9) == 0.3
     assert damping_after(control(ceiling=10.0), 0.1, 0.1, 0.1) == 10.0
-    assert damping_after(control(ceiling=10.0, floor=AbsoluteFloor(20.0)), 0.1) == 20.0
+    assert damping_after(control(ceiling=10.0, floor=RelativeFloor(1.0)), 0.1, mean_curvature=20.0) == 20.0
     assert damping_after(control(), *[nan] * 2000) == 1e12
 
 
@@ -276,6 +276,20 @@ def test_damping_of_another_type_is_refused(bad):
 @pytest.mark.parametrize(
     "fields",
     [
+        {"ceiling": 0.5},
+        {"floor": AbsoluteFloor(2.0)},
+        {"initial": RelativeStart(), "floor": AbsoluteFloor(2.0), "ceiling": 1.0},
+    ],
+    ids=["above the ceiling", "below the floor", "floor above the ceiling"],
+)
+def test_a_first_damping_outside_of_floor_and_ceiling_is_refused(fields):
+    with pytest.raises(ValueError, match="needs floor <= initial <= ceiling, got"):
+        control(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
         {"decrease": 0.0},
         {"decrease": 1.5},
         {"increase": 0.9},
@@ -298,6 +312,11 @@ def test_relative_start_follows_the_scale_of_the_curvature():
     assert marquardt.needs_gradient_curvature
     assert not control().needs_gradient_curvature
     assert marquardt.start(gradient_curvature=8.0).damping == 2.0
+    for floor in (AbsoluteFloor(), StartFloor(1.0), RelativeFloor()):
+        state = control(initial=RelativeStart(0.25), ceiling=1.5, floor=floor).start(gradient_curvature=8.0)
+        assert state.damping == state.first == 1.5
+    state = control(initial=RelativeStart(0.25), floor=AbsoluteFloor(3.0)).start(gradient_curvature=8.0)
+    assert state.damping == state.first == 3.0
     assert control(initial=3.0).start(gradient_curvature=8.0).damping == 3.0
     for bad in (None, 0.0, -1.0, nan, inf):
         with pytest.raises(ValueError, match="positive curvature along the gradient"):
