@@ -300,7 +300,7 @@ class Recurrence(ABC):
         return again | (finished & (judged == Status.BREAKDOWN.value))
 
     def _judged_by_residual(self) -> Int[Tensor, " K"]:
-        """Return the status that the true residual gives each column: a breakdown where rounding does not explain it."""
+        """Return each column's status by the true residual: a breakdown where rounding does not explain it."""
         norm = norm_of(self.r)
         error = torch.finfo(norm.dtype).eps * (self.operator_norm * norm_of(self.x) + norm_of(self.b))
         bound = BACKWARD_STABLE * error * self.scale
