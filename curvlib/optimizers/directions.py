@@ -23,6 +23,7 @@ from curvlib.optimizers.proposal import (
     DirectionState,
     Proposal,
     check_approximation,
+    check_fixed_preconditioner,
     refuse_indefinite,
     refuse_parts_of_sums,
     refuse_what_follows_steps,
@@ -122,7 +123,8 @@ class TruncatedNewton(Direction):
 
     Args:
         curvature: usually ``Exact(GGN())``; any approximation works.
-        cg: limit, stopping rule and stored iterates of the solver.
+        cg: limit, stopping rule and stored iterates of the solver. A preconditioner of its own is one (D, D) operator
+            for all steps, of which it is the more use the less C and lambda change.
         preconditioner: a :class:`Preconditioner`; or an approximation, estimated at each step on the examples of C,
             whose damped inverse it is; or None.
         warm_start: factor of the last solution where the next solve starts, in [0, 1]; a rejected step resets it.
@@ -131,6 +133,11 @@ class TruncatedNewton(Direction):
         regularizer_weight: mu; 1/30 in Martens & Sutskever (2011).
         check_products: whether to refuse, before each solve and at the cost of two products, a matrix whose products
             with one vector differ (``check_deterministic``).
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a number is out of range, an approximation learns from steps, that of the preconditioner may be
+            indefinite, or ``cg`` has a preconditioner of its own beside ``preconditioner``.
     """
 
     curvature: Approximation = field(default_factory=lambda: Exact(GGN()))
@@ -145,6 +152,13 @@ class TruncatedNewton(Direction):
     check_products: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cg, CG):
+            raise TypeError(f"TruncatedNewton needs cg to be conjugate gradients such as CG(), got {self.cg!r}.")
+        if self.cg.preconditioner is not None and self.preconditioner is not None:
+            raise ValueError(
+                f"TruncatedNewton has two preconditioners, {self.cg.preconditioner!r} of cg for all steps and "
+                f"{self.preconditioner!r}, which is made anew: leave one of them out."
+            )
         own = None if isinstance(self.preconditioner, Preconditioner) else self.preconditioner
         for name, part in (("preconditioner", own), ("regularizer", self.regularizer), ("curvature", self.curvature)):
             if part is not None:
@@ -169,6 +183,7 @@ class TruncatedNewton(Direction):
         for part in (self.curvature, self.regularizer):
             if part is not None:
                 part.check(objective)
+        check_fixed_preconditioner("TruncatedNewton(cg=CG(preconditioner=...))", self.cg.preconditioner, objective)
         return _TruncatedState(self, self._start_preconditioner(objective))
 
     def _start_preconditioner(self, objective: Objective) -> InverseState | None:

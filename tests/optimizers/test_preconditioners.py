@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from curvlib import GGN, EmpiricalFisher, Fisher, Objective
 from curvlib.approximations import EKFAC, KFAC, Dense, Diagonal, Exact
 from curvlib.operators import Dense as DenseOperator
+from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.optimizers import (
     BacktrackingLineSearch,
     FixedLength,
@@ -21,6 +23,7 @@ from curvlib.optimizers import (
 )
 from curvlib.solvers import (
     CG,
+    MINRES,
     ConstantDamping,
     FactoredTikhonov,
     LevenbergMarquardt,
@@ -247,3 +250,28 @@ def test_what_cannot_be_a_preconditioner_is_refused():
     powers = Preconditioner(curvature=Exact(EmpiricalFisher()), solver=DampedPower(0.75))
     with pytest.raises(NoStructureError):
         newton(objective, powers).step(batch)
+
+
+def test_the_solver_of_a_truncated_newton_step_has_to_be_conjugate_gradients():
+    for cg in (3, None, MINRES()):
+        with pytest.raises(TypeError, match="TruncatedNewton needs cg to be conjugate gradients"):
+            TruncatedNewton(cg=cg)
+
+
+def test_a_preconditioner_of_conjugate_gradients_serves_all_steps():
+    objective, batch = small_network()
+    exact = damped_inverse(Dense(GGN()).estimate(objective.at(batch)), 0.1)
+    optimizer = newton(objective, None, cg=replace(TIGHT, preconditioner=exact))
+    assert optimizer.step(batch).iterations <= 2
+    assert optimizer.step(batch).iterations > 2  # C is another, P is not
+    assert float(objective.value(batch)) < float(small_network()[0].value(batch))
+
+
+def test_a_second_preconditioner_and_one_of_another_size_are_refused():
+    objective, _ = small_network()
+    cg = CG(preconditioner=DiagonalOperator(torch.ones(3, dtype=torch.float64)))
+    for other in (KFAC(GGN()), Preconditioner.martens()):
+        with pytest.raises(ValueError, match="two preconditioners"):
+            TruncatedNewton(cg=cg, preconditioner=other)
+    with pytest.raises(ValueError, match=rf"on the D = {objective.layout.size} parameters, got Diagonal\(size=3"):
+        newton(objective, None, cg=cg)
