@@ -6,7 +6,7 @@ Symbols: lambda damping, Delta radius, rho reduction ratio.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from curvlib.solvers import ConstantDamping, DampingControl, DampingState, RadiusControl, RadiusState
@@ -17,7 +17,7 @@ class ControlState:
     """What the controls know; a value, with a dictionary form for checkpoints.
 
     Attributes:
-        damping: the state of the damping.
+        damping: the state of the damping; its first damping is known, whatever the control.
         radius: that of the radius, None where there is none.
     """
 
@@ -36,8 +36,14 @@ class ControlState:
         """Return the state that :meth:`state_dict` described.
 
         Raises:
-            ValueError: an entry is missing or unknown.
+            ValueError: an entry is missing or unknown, or the first damping is.
         """
+        if state["damping"].get("first", 0.0) is None:
+            raise ValueError(
+                "the state of the damping has no first damping (first=None), which the ends of solves are relative to: "
+                "it is that of an earlier version. Start again from the parameters, or enter the damping of the first "
+                "step."
+            )
         radius = state["radius"]
         return cls(
             damping=DampingState.from_state_dict(state["damping"]),
@@ -110,7 +116,8 @@ class StepControl:
         if self.radius is not None:
             known = {"parameter_length": parameter_length} if self.needs_parameter_length else {}
             radius = self.radius.start(**known)
-        return ControlState(damping=self.damping.start(gradient_curvature=gradient_curvature), radius=radius)
+        damping = self.damping.start(gradient_curvature=gradient_curvature)
+        return ControlState(damping=_with_first(damping, damping.damping), radius=radius)
 
     def accept(self, ratio: float | None) -> bool:
         """Return whether a step of this ratio stays."""
@@ -132,9 +139,18 @@ class StepControl:
         A step that the radius rejects does not move the damping, which has no part in that.
         """
         if self.radius is None or state.radius is None or ratio is None:
-            return ControlState(damping=self.damping.update(state.damping, ratio, mean_curvature=mean_curvature))
+            return ControlState(damping=self._next_damping(state, ratio, mean_curvature))
         radius = self.radius.update(state.radius, ratio, on_boundary=on_boundary, step_length=step_length)
         damping = state.damping
         if self.radius.accept(ratio):
-            damping = self.damping.update(damping, ratio, mean_curvature=mean_curvature)
+            damping = self._next_damping(state, ratio, mean_curvature)
         return ControlState(damping=damping, radius=radius)
+
+    def _next_damping(self, state: ControlState, ratio: float | None, mean_curvature: float | None) -> DampingState:
+        damping = self.damping.update(state.damping, ratio, mean_curvature=mean_curvature)
+        return _with_first(damping, state.damping.first)
+
+
+def _with_first(damping: DampingState, first: float | None) -> DampingState:
+    """Return the state with the first damping, where a control has kept none."""
+    return damping if damping.first is not None else replace(damping, first=first)

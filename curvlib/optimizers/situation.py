@@ -33,7 +33,7 @@ class Situation:
         radius: Delta of this step, infinite where there is none.
         curvature_batch: the batch that the curvature is to be made of, None for parts of the step's batch.
         gradient_norm: the largest entry of g, by size.
-        damping_share: lambda over the first lambda; 1 where the control keeps none.
+        damping_share: lambda over the first lambda; 1 where that is 0.
     """
 
     objective: Objective

@@ -28,7 +28,8 @@ class DampingState:
         damping: lambda for the next step.
         step: how many steps have been judged.
         rejected: how many of them were undone.
-        first: lambda of the first step, for floors that are relative to it; None where the control keeps none.
+        first: lambda of the first step, for floors and ends of solves that are relative to it; None where a state made
+            by hand or by a third party's control has none. An optimizer keeps it beside every control.
     """
 
     damping: float
@@ -123,11 +124,11 @@ class ConstantDamping(DampingControl):
 
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step."""
-        return DampingState(damping=self.value)
+        return DampingState(damping=self.value, first=self.value)
 
     def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
         """Count the step."""
-        return DampingState(damping=self.value, step=state.step + 1, rejected=state.rejected)
+        return replace(state, damping=self.value, step=state.step + 1)
 
     def needs_ratio(self, state: DampingState) -> bool:
         """Never."""

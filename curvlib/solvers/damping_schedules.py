@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from curvlib.solvers.damping import DampingControl, DampingState
 from curvlib.solvers.damping_scale import checked_damping
@@ -27,12 +27,13 @@ class DampingSchedule(DampingControl):
 
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step."""
-        return DampingState(damping=self._checked(0))
+        first = self._checked(0)
+        return DampingState(damping=first, first=first)
 
     def update(self, state: DampingState, ratio: float | None, *, mean_curvature: float | None = None) -> DampingState:
         """Return the state of the next step."""
         step = state.step + 1
-        return DampingState(damping=self._checked(step), step=step, rejected=state.rejected)
+        return replace(state, damping=self._checked(step), step=step)
 
     def needs_ratio(self, state: DampingState) -> bool:
         """Never."""

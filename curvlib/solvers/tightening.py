@@ -14,11 +14,11 @@ class TighteningTest(ProgressTest):
 
     .. math:: \epsilon_k = \min(\text{epsilon}, \max(\text{tightest}, \text{epsilon} \, (\lambda_k / \lambda_0)^p))
 
-    for the solve with damping lambda_k, lambda_0 the first one. An early end and the damping both keep a step to where
-    the quadratic model holds. A control such as ``LevenbergMarquardt`` lowers the damping while the model predicts
-    well; short solves would then be what limits the steps, and long ones find the directions of low curvature that they
-    leave out. Where longer solves lead to steps that the model predicts badly, the damping rises and solves are short
-    again. By itself it is the test of ``epsilon``.
+    for the solve with damping lambda_k, lambda_0 the first one, whatever the control. An early end and the damping both
+    keep a step to where the quadratic model holds. A control such as ``LevenbergMarquardt`` lowers the damping while
+    the model predicts well; short solves would then be what limits the steps, and long ones find the directions of low
+    curvature that they leave out. Where longer solves lead to steps that the model predicts badly, the damping rises
+    and solves are short again. By itself it is the test of ``epsilon``.
 
     Args:
         epsilon: the least relative progress of an iteration at the first damping and above.

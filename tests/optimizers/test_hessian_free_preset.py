@@ -17,7 +17,12 @@ from curvlib.optimizers import (
 from curvlib.solvers import (
     CG,
     ConstantDamping,
+    CustomDamping,
+    DampingControl,
+    DampingState,
+    ExponentialDamping,
     LevenbergMarquardt,
+    LinearDamping,
     ProgressTest,
     RelativeStart,
     ResidualTest,
@@ -66,8 +71,61 @@ def test_a_tightening_test_hears_how_far_the_damping_has_fallen():
     dampings += train(1, 2.0, state)[0]
     assert dampings == [2.0, 1.0, 0.5, 0.25]
     assert shares == [1.0, 0.5, 0.25, 0.125]
-    train(1, ConstantDamping(0.1))
-    assert shares[-1] == 1.0  # a control that keeps no first damping
+    train(2, LinearDamping(initial=0.0, final=0.1, steps=1))
+    assert shares[-2:] == [1.0, 1.0]  # of nothing
+
+
+class Halving(DampingControl):
+    """A third party's control, which keeps no first damping."""
+
+    def start(self, *, gradient_curvature=None):
+        return DampingState(damping=2.0)
+
+    def update(self, state, ratio, *, mean_curvature=None):
+        return DampingState(damping=state.damping / 2, step=state.step + 1)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        ExponentialDamping(initial=2.0, final=2.0 / 4**5, steps=10),
+        CustomDamping(lambda k: 2.0 / 2**k),
+        Halving(),
+        ConstantDamping(2.0),
+    ],
+    ids=lambda control: type(control).__name__,
+)
+def test_solves_tighten_with_every_control(control):
+    epsilons = []
+
+    class Noting(TighteningTest):
+        def at(self, damping_share):
+            epsilons.append((damping_share, super().at(damping_share).epsilon))
+            return super().at(damping_share)
+
+    objective, batch = linear_regression()
+    optimizer = hessian_free(objective, stop=Noting(power=1.0, tightest=1e-3), damping=control)
+    results = [optimizer.step(batch) for _ in range(3)]
+    state = optimizer.state_dict()
+    assert state["control"]["damping"]["first"] == 2.0
+    resumed = hessian_free(objective, stop=Noting(power=1.0, tightest=1e-3), damping=control)
+    resumed.load_state_dict(state)
+    results += [resumed.step(batch) for _ in range(5)]
+    shares = [result.damping / 2.0 for result in results]
+    assert shares == pytest.approx([1.0] * 8 if isinstance(control, ConstantDamping) else [0.5**k for k in range(8)])
+    assert [share for share, _ in epsilons] == pytest.approx(shares)
+    assert [epsilon for _, epsilon in epsilons] == pytest.approx([max(1e-3, 0.05 * share) for share in shares])
+
+
+def test_a_state_without_the_first_damping_is_refused():
+    objective, batch = linear_regression()
+    optimizer = hessian_free(objective, damping=ConstantDamping(0.1))
+    optimizer.step(batch)
+    state = optimizer.state_dict()
+    state["control"]["damping"]["first"] = None
+    with pytest.raises(ValueError, match="no first damping"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["control"]["damping"] == {"damping": 0.1, "step": 1, "rejected": 0, "first": 0.1}
 
 
 def test_solves_are_longer_where_the_damping_has_fallen():

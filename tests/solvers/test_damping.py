@@ -184,7 +184,7 @@ def test_constant_damping():
     assert damping_after(constant, nan, 0.9, None, -5.0) == 0.3
     assert constant.accept(nan)
     assert not constant.needs_ratio(constant.start())
-    assert constant.update(constant.start(), None).step == 1
+    assert constant.update(constant.start(), None) == DampingState(damping=0.3, step=1, first=0.3)
 
 
 @given(st.lists(st.sampled_from([0.9, 0.5, 0.1, -1.0, nan]), max_size=12), st.integers(0, 12), st.integers(1, 4))

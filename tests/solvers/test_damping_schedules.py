@@ -62,6 +62,7 @@ def test_a_checkpoint_goes_on_in_the_plan():
     state = control.update(control.update(control.start(), None), None)
     again = DampingState.from_state_dict(state.state_dict())
     assert control.update(again, None) == control.update(state, None)
+    assert state.first == again.first == 1.0
 
 
 def test_the_words_of_a_custom_schedule_are_the_same_in_every_process():
