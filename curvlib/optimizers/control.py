@@ -133,21 +133,26 @@ class StepControl:
         mean_curvature: float | None,
         on_boundary: bool,
         step_length: float | None,
+        accepted: bool,
     ) -> ControlState:
-        """Return the state after a step; arguments as in the controls' own methods.
+        """Return the state after a step; arguments as in the controls' own methods, and whether the step is taken.
 
-        A step that the radius rejects does not move the damping, which has no part in that.
+        A step that the radius rejects does not move the damping, which has no part in that. A line search decides by
+        itself which steps are taken, and the control beside it does not know.
         """
         if self.radius is None or state.radius is None or ratio is None:
-            return ControlState(damping=self._next_damping(state, ratio, mean_curvature))
+            return ControlState(damping=self._next_damping(state, ratio, mean_curvature, accepted))
         radius = self.radius.update(state.radius, ratio, on_boundary=on_boundary, step_length=step_length)
         damping = state.damping
         if self.radius.accept(ratio):
-            damping = self._next_damping(state, ratio, mean_curvature)
+            damping = self._next_damping(state, ratio, mean_curvature, accepted)
         return ControlState(damping=damping, radius=radius)
 
-    def _next_damping(self, state: ControlState, ratio: float | None, mean_curvature: float | None) -> DampingState:
+    def _next_damping(
+        self, state: ControlState, ratio: float | None, mean_curvature: float | None, accepted: bool
+    ) -> DampingState:
         damping = self.damping.update(state.damping, ratio, mean_curvature=mean_curvature)
+        damping = replace(damping, rejected=state.damping.rejected + (not accepted))
         return _with_first(damping, state.damping.first)
 
 

@@ -234,6 +234,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             mean_curvature=proposal.mean_curvature,
             on_boundary=proposal.on_boundary,
             step_length=None if state.radius is None else proposal.length_of(choice.step),
+            accepted=accepted,
         )
         return result, choice.step
 

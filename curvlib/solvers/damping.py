@@ -27,7 +27,8 @@ class DampingState:
     Attributes:
         damping: lambda for the next step.
         step: how many steps have been judged.
-        rejected: how many of them were undone.
+        rejected: how many of them were undone. A control counts those that it does not accept, an optimizer those that
+            left the parameters as they were, which beside a line search are others.
         first: lambda of the first step, for floors and ends of solves that are relative to it; None where a state made
             by hand or by a third party's control has none. An optimizer keeps it beside every control.
     """
@@ -158,7 +159,8 @@ class LevenbergMarquardt(DampingControl):
         floor: the least damping, :class:`AbsoluteFloor`, :class:`RelativeFloor` or :class:`StartFloor`.
         ceiling: the most damping; it yields to a floor that is relative to the curvature.
         reject_below: a step whose ratio is below is to be undone, so is one of ratio NaN. 0 rejects the steps that
-            raise the objective, -inf none but those of ratio NaN.
+            raise the objective, -inf none but those of ratio NaN. Beside a line search, which takes steps by values of
+            its own, it undoes nothing: such a ratio, that of the whole step, raises the damping at once, and no more.
 
     Example:
         >>> control = LevenbergMarquardt(initial=1.0, decrease=0.5, increase=2.0, interval=1)

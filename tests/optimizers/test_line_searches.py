@@ -13,6 +13,7 @@ from torch import nn
 from curvlib import GGN, Fisher, Hessian, Objective
 from curvlib.approximations import KFAC, Dense, Exact, Identity
 from curvlib.optimizers import (
+    BacktrackingLineSearch,
     FixedLength,
     ModelDescent,
     NormConstraint,
@@ -171,6 +172,28 @@ def test_no_trial_low_enough_gives_no_step_without_a_warning():
             damping=ConstantDamping(0.0),
         ).step(batch)
     assert (result.accepted, result.learning_rate) == (False, 0.0)
+
+
+@pytest.mark.parametrize("rule", [StrongWolfe(), BacktrackingLineSearch(), FixedLength()], ids=str)
+@pytest.mark.parametrize("factor", [300.0, -1.0])
+def test_steps_are_counted_as_rejected_where_they_are_undone(rule, factor):
+    objective, batch = small_network()
+    control = LevenbergMarquardt(initial=0.1, increase=2.0, interval=100)
+    optimizer = searching(objective, factor, rule=rule, damping=control)
+    results, moved, dampings = [], [], []
+    for _ in range(4):
+        before = objective.parameter_vector()
+        results.append(optimizer.step(batch))
+        moved.append(not torch.equal(before, objective.parameter_vector()))
+        dampings.append(optimizer.damping / results[-1].damping)
+    assert [result.accepted for result in results] == moved
+    assert optimizer.state_dict()["control"]["damping"]["rejected"] == moved.count(False)
+    bad = [result.ratio is not None and not result.ratio >= 0 for result in results]
+    # Below ``reject_below`` the damping rises at once, whether or not the search has made the step good.
+    assert dampings == [2.0 if flag else 1.0 for flag in bad]
+    if factor == 300.0:
+        assert any(bad)
+        assert any(moved) == (not isinstance(rule, FixedLength))
 
 
 @pytest.mark.parametrize("direction", [TruncatedNewton(), ModelDescent(curvature=Dense(GGN()), descent=DampedNewton())])
