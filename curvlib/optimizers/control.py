@@ -101,6 +101,11 @@ class StepControl:
         return self.radius is not None or self.damping.needs_ratio(state.damping)
 
     @property
+    def needs_mean_curvature(self) -> bool:
+        """Whether :meth:`update` looks at the mean curvature."""
+        return self.damping.needs_mean_curvature
+
+    @property
     def needs_parameter_length(self) -> bool:
         """Whether :meth:`start` looks at the length of the parameters."""
         return self.radius is not None and self.radius.needs_parameter_length

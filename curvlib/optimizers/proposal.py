@@ -35,7 +35,8 @@ class Proposal:
         operator: the curvature that it was made with, without the damping.
         regularizer: R, where the damping is lambda (I + R); None for lambda I.
         candidates: earlier iterates of the solver, first to last, for backtracking.
-        mean_curvature: trace(C) / D, or an unbiased estimate.
+        mean_curvature: trace(C) / D, or an unbiased estimate; None where it is not known at once, and the optimizer
+            estimates it from ``operator`` for controls that need it.
         iterations: of the solver, 0 for direct ones.
         on_boundary: whether the step was stopped by the radius.
         prediction: M(Delta) - M(0), where the solver knows it.

@@ -21,7 +21,7 @@ from curvlib.operators import full_precision
 from curvlib.optimizers.control import ControlState, StepControl
 from curvlib.optimizers.judgement import judge
 from curvlib.optimizers.pairing import check_pairing
-from curvlib.optimizers.proposal import Direction
+from curvlib.optimizers.proposal import Direction, Proposal, probed_mean_curvature
 from curvlib.optimizers.situation import Situation
 from curvlib.optimizers.step_result import StepResult
 from curvlib.optimizers.step_rules import StepRule
@@ -231,12 +231,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._state = self.control.update(
             state,
             ratio,
-            mean_curvature=proposal.mean_curvature,
+            mean_curvature=self._mean_curvature(proposal),
             on_boundary=proposal.on_boundary,
             step_length=None if state.radius is None else proposal.length_of(choice.step),
             accepted=accepted,
         )
         return result, choice.step
+
+    def _mean_curvature(self, proposal: Proposal) -> float | None:
+        """Return trace(C) / D as the direction knows it, or an estimate where the control needs one."""
+        if proposal.mean_curvature is None and self.control.needs_mean_curvature:
+            return probed_mean_curvature(proposal.operator, self._generator)
+        return proposal.mean_curvature
 
     def _finite_gradient(self, evaluation: Evaluation) -> tuple[Float[Tensor, " D"], float]:
         """Return the gradient and its largest entry; refuse what is not finite before anything changes."""

@@ -73,6 +73,11 @@ class DampingControl(ABC):
         """Whether :meth:`start` looks at the curvature along the gradient, which costs a Jacobian-vector product."""
         return False
 
+    @property
+    def needs_mean_curvature(self) -> bool:
+        """Whether :meth:`update` looks at the mean curvature, which may have to be estimated. Default: no."""
+        return False
+
     @abstractmethod
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step.
@@ -88,7 +93,8 @@ class DampingControl(ABC):
         Args:
             state: the state that the step was made with.
             ratio: its reduction ratio, None where it was not computed because :meth:`needs_ratio` said so.
-            mean_curvature: trace(C) / D, for controls that follow the scale of the curvature.
+            mean_curvature: trace(C) / D or an estimate, for controls that follow the scale of the curvature; None where
+                it is unknown, which an optimizer leaves it only if :attr:`needs_mean_curvature` is False.
         """
 
     @property
@@ -241,6 +247,11 @@ class LevenbergMarquardt(DampingControl):
     def needs_gradient_curvature(self) -> bool:
         """Whether the first damping is relative to it."""
         return isinstance(self.initial, RelativeStart)
+
+    @property
+    def needs_mean_curvature(self) -> bool:
+        """Whether the floor does."""
+        return self.floor.needs_mean_curvature
 
     def start(self, *, gradient_curvature: float | None = None) -> DampingState:
         """Return the state before the first step."""

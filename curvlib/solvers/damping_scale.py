@@ -71,7 +71,9 @@ class AbsoluteFloor(DampingFloor):
 class RelativeFloor(DampingFloor):
     """The damping never falls below fraction * trace(C) / D, so that it keeps to the scale of the curvature.
 
-    Under mini-batch noise a damping without such a floor can sink until the steps diverge.
+    Under mini-batch noise a damping without such a floor can sink until the steps diverge. Where products are all that
+    is known of C, an optimizer estimates the trace from one vector of random signs at each step, a Jacobian-vector
+    product, and the floor has the noise of that; ``StartFloor`` costs nothing.
 
     Args:
         fraction: the part of the mean curvature.
