@@ -47,6 +47,9 @@ class CG(KrylovMethod):
     and so does a p^T A p of the size of its rounding errors, for the iterates of a singular system without a solution
     grow beyond all bounds; a recurrence that has sunk below the rounding errors of A x is not continued.
 
+    For C = V V^T, as a Gauss-Newton matrix is, least-squares methods on V such as LSMR take the same iterations down to
+    relative errors of 1e-4 in float32, and are not here for that reason (benchmarks/README.md).
+
     Args:
         max_iterations: the limit.
         stop: the stopping rule, :class:`ResidualTest` or :class:`ProgressTest`.
