@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlib.approximations import Approximation, RunningAverage, running_average
+from curvlib.approximations import Approximation, RunningAverage, StatisticalApproximation, running_average
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator, operator_from_state_dict
 from curvlib.optimizers.layer_damping import SolverForModel, bound
@@ -97,6 +98,16 @@ class AmortisedInverse:
         self.curvature.check(objective)
         return _Amortised(self, average, bound(self.solver, objective))
 
+    def damping_of_inverse(self, situation: Situation, mean_curvature: Callable[[], float]) -> float:
+        """Return the damping that the inverse is made with. Default: that of the step.
+
+        Args:
+            situation: of the step.
+            mean_curvature: gives trace(C) / D, or an unbiased estimate.
+        """
+        del mean_curvature
+        return situation.damping
+
     def start_anew(self, objective: Objective) -> InverseState:
         """Return a state that estimates and inverts the curvature anew at each step and remembers nothing."""
         refuse_parts_of_sums(type(self).__name__, self.fraction, objective)
@@ -120,8 +131,8 @@ class _Amortised(InverseState):
         self._evaluation = situation.evaluation
         if self._steps % self._config.statistics_every == 0 or self._average.updates == 0:
             take_statistics(self._average, situation, self._config.fraction)
-        if self._is_stale(situation.damping):
-            self._refresh(self._average.operator(situation.objective), situation.damping)
+        if self._is_stale(self._config.damping_of_inverse(situation, lambda: self._mean_curvature)):
+            self._refresh(self._average.operator(situation.objective), situation)
         self._steps += 1
         assert self._operator is not None  # otherwise _refresh has raised
         assert self._inverse is not None
@@ -161,12 +172,14 @@ class _Amortised(InverseState):
         low, high = sorted((damping, self._inverse_damping))
         return high > _STALE_DAMPING * low
 
-    def _refresh(self, operator: LinearOperator, damping: float) -> None:
+    def _refresh(self, operator: LinearOperator, situation: Situation) -> None:
         """Make the inverse anew; keep the last good one, within a budget, where that fails."""
+        mean = float(operator.trace()) / operator.size
+        damping = self._config.damping_of_inverse(situation, lambda: mean)
         try:
             self._inverse, self._operator = self._solver(operator, damping), operator
             self._inverse_damping, self._failures, self._rejected = damping, 0, False
-            self._mean_curvature = float(operator.trace()) / operator.size
+            self._mean_curvature = mean
         except SolveError as error:
             self._failures += 1
             if self._inverse is None or self._failures > _FAILURE_BUDGET:
@@ -208,8 +221,14 @@ class _Fresh(InverseState):
 
     def inverse(self, situation: Situation) -> tuple[LinearOperator, LinearOperator]:
         evaluation = situation.curvature_part(self._config.fraction, linearize=True)
-        self._operator = self._config.curvature.estimate(evaluation, situation.generator)
-        return self._operator, self._solver(self._operator, situation.damping)
+        C = self._operator = self._config.curvature.estimate(evaluation, situation.generator)
+
+        def mean() -> float:
+            # The operators of statistics have traces by structure, where products alone would take D of them.
+            structured = isinstance(self._config.curvature, StatisticalApproximation)
+            return float(C.trace()) / C.size if structured else self.mean_curvature(situation.generator)
+
+        return C, self._solver(C, self._config.damping_of_inverse(situation, mean))
 
     def mean_curvature(self, generator: torch.Generator) -> float:
         assert self._operator is not None  # asked for after the inverse alone

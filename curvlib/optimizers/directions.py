@@ -17,14 +17,13 @@ from curvlib.matrices import GGN
 from curvlib.objective import Objective
 from curvlib.optimizers.amortised import AmortisedInverse, InverseState
 from curvlib.optimizers.layer_damping import bound
-from curvlib.optimizers.preconditioner import Preconditioner
+from curvlib.optimizers.preconditioner import Preconditioner, check_preconditioner, start_preconditioner
 from curvlib.optimizers.proposal import (
     Direction,
     DirectionState,
     Proposal,
     check_approximation,
     check_fixed_preconditioner,
-    refuse_indefinite,
     refuse_parts_of_sums,
     refuse_what_follows_steps,
 )
@@ -36,7 +35,6 @@ from curvlib.solvers import (
     Solution,
     Status,
     check_deterministic,
-    damped_inverse,
     damping_structure,
 )
 from curvlib.solvers.solution import IterateGrid
@@ -159,13 +157,12 @@ class TruncatedNewton(Direction):
                 f"TruncatedNewton has two preconditioners, {self.cg.preconditioner!r} of cg for all steps and "
                 f"{self.preconditioner!r}, which is made anew: leave one of them out."
             )
-        own = None if isinstance(self.preconditioner, Preconditioner) else self.preconditioner
-        for name, part in (("preconditioner", own), ("regularizer", self.regularizer), ("curvature", self.curvature)):
+        if self.preconditioner is not None:
+            check_preconditioner("TruncatedNewton", self.preconditioner)
+        for name, part in (("regularizer", self.regularizer), ("curvature", self.curvature)):
             if part is not None:
                 check_approximation("TruncatedNewton", name, part)
                 refuse_what_follows_steps("TruncatedNewton", name, part)
-        if own is not None:
-            refuse_indefinite("TruncatedNewton", "preconditioner", own, damped_inverse)
         if not 0 < self.regularizer_weight < float("inf"):
             raise ValueError(f"TruncatedNewton needs a finite regularizer_weight > 0, got {self.regularizer_weight!r}.")
         check_fraction("TruncatedNewton", "fraction", self.fraction)
@@ -184,14 +181,8 @@ class TruncatedNewton(Direction):
             if part is not None:
                 part.check(objective)
         check_fixed_preconditioner("TruncatedNewton(cg=CG(preconditioner=...))", self.cg.preconditioner, objective)
-        return _TruncatedState(self, self._start_preconditioner(objective))
-
-    def _start_preconditioner(self, objective: Objective) -> InverseState | None:
-        if self.preconditioner is None:
-            return None
-        if isinstance(self.preconditioner, Preconditioner):
-            return self.preconditioner.start_inverse(objective)
-        return Preconditioner(curvature=self.preconditioner, fraction=self.fraction).start_anew(objective)
+        inverse = start_preconditioner(self.preconditioner, objective, fraction=self.fraction)
+        return _TruncatedState(self, inverse)
 
 
 def _prediction(solution: Solution, damping: float) -> Prediction:

@@ -16,6 +16,8 @@ from torch import Tensor
 from curvlib.approximations import Approximation, StatisticalApproximation, running_average
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import Diagonal, LinearOperator
+from curvlib.optimizers.amortised import InverseState
+from curvlib.optimizers.preconditioner import Preconditioner, check_preconditioner, start_preconditioner
 from curvlib.optimizers.proposal import (
     Direction,
     DirectionState,
@@ -26,7 +28,10 @@ from curvlib.optimizers.proposal import (
 )
 from curvlib.optimizers.scaling import Scaling, in_scaled_parameters
 from curvlib.optimizers.situation import Situation, check_fraction
-from curvlib.solvers import Descent, SolveError, Status, Steihaug, Subproblem
+from curvlib.solvers import Descent, RelativeFloor, SolveError, Status, Steihaug, Subproblem
+
+# Of the damping of a preconditioner: that of a trust region is 0 as a rule, and an approximation alone may be singular.
+_FLOOR = RelativeFloor(0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +52,15 @@ class ModelDescent(Direction):
         fraction: part of the batch that the curvature is made of, where the step has no curvature batch.
         decay: of the moving average of a curvature's statistics over steps; 0 takes those of the step alone.
         scaling: ``CurvatureScaling()`` or ``FixedScaling(values)`` for parameters of different sizes; None is S = I.
+        preconditioner: of the descent's conjugate gradients, made at each step: a :class:`Preconditioner`; or an
+            approximation, estimated at each step on the examples of C, whose damped inverse it is; or None. Its damping
+            is lambda, and at least 0.01 of its mean curvature unless it has a floor of its own. With
+            ``Steihaug(region=PreconditionerNorm())`` it is the shape of the region as well.
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: the fraction or the decay is out of range, or the curvature may be indefinite and the descent cannot
-            do with that.
+        ValueError: the fraction or the decay is out of range, the curvature may be indefinite and the descent cannot do
+            with that, or the descent takes no preconditioner, has one of its own or lacks one.
     """
 
     curvature: Approximation
@@ -59,6 +68,7 @@ class ModelDescent(Direction):
     fraction: float = 1.0
     decay: float = 0.0
     scaling: Scaling | None = None
+    preconditioner: Approximation | Preconditioner | None = None
 
     def __post_init__(self) -> None:
         check_approximation("ModelDescent", "curvature", self.curvature)
@@ -87,6 +97,28 @@ class ModelDescent(Direction):
                 f"{type(self.descent).__name__} needs a positive definite C + damping I, and {self.curvature!r} may be "
                 "indefinite: use Steihaug, MoreSorensen or TwoDimensionalSubspace, or a curvature of GGN() or Fisher()."
             )
+        self._check_preconditioner()
+
+    def _check_preconditioner(self) -> None:
+        if self.preconditioner is None:
+            if self.descent.needs_preconditioner:
+                raise ValueError(
+                    f"{self.descent!r} measures its region in the norm of a preconditioner and has none: give "
+                    "ModelDescent(preconditioner=...), such as KFAC(GGN()), or use EuclideanNorm()."
+                )
+            return
+        check_preconditioner("ModelDescent", self.preconditioner)
+        if not self.descent.takes_preconditioner:
+            raise ValueError(
+                f"ModelDescent(preconditioner=...) has no use with {self.descent!r}, which runs no conjugate gradients "
+                "that take one, or has one of its own: use Steihaug() or TwoDimensionalSubspace(), or TruncatedNewton "
+                "for damped steps without a radius."
+            )
+        if self.scaling is not None:
+            raise ValueError(
+                f"{self.preconditioner!r} is one of C + damping I, and with {self.scaling!r} conjugate gradients see "
+                "another matrix: leave one of them out; in the norm of a preconditioner the region is scaled as well."
+            )
 
     @property
     def has_radius(self) -> bool:
@@ -109,14 +141,15 @@ class ModelDescent(Direction):
         self.curvature.check(objective)
         if self.scaling is not None:
             self.scaling.check(objective.layout.size)
-        return _ModelDescentState(self)
+        inverse = start_preconditioner(self.preconditioner, objective, fraction=self.fraction, floor=_FLOOR)
+        return _ModelDescentState(self, inverse)
 
 
 class _ModelDescentState(DirectionState):
-    """The average of the statistics, where the curvature has some, and the scales, where there is a scaling."""
+    """The average of the statistics, the scales and the preconditioner, where there are such."""
 
-    def __init__(self, config: ModelDescent) -> None:
-        self._config = config
+    def __init__(self, config: ModelDescent, preconditioner: InverseState | None) -> None:
+        self._config, self._preconditioner = config, preconditioner
         curvature = config.curvature
         averages = curvature.follows_steps or isinstance(curvature, StatisticalApproximation)
         self._average = running_average(curvature, config.decay) if averages else None
@@ -126,7 +159,7 @@ class _ModelDescentState(DirectionState):
     def propose(self, situation: Situation) -> Proposal:
         operator = self._operator(situation)
         self._scales = self._scales_for(operator)
-        answer = self._config.descent.solve(self._subproblem(operator, situation))
+        answer = self._descent(situation).solve(self._subproblem(operator, situation))
         if answer.status is Status.NOT_FINITE:
             raise SolveError(
                 f"{type(self._config.descent).__name__} met products of {operator!r} that are not finite: look for "
@@ -144,6 +177,11 @@ class _ModelDescentState(DirectionState):
             scales=s,
             length=answer.length,
         )
+
+    def _descent(self, situation: Situation) -> Descent:
+        if self._preconditioner is None:
+            return self._config.descent
+        return self._config.descent.preconditioned(self._preconditioner.inverse(situation)[1])
 
     def _subproblem(self, operator: LinearOperator, situation: Situation) -> Subproblem:
         s = self._scales
@@ -177,14 +215,50 @@ class _ModelDescentState(DirectionState):
     def accepted(self, step: Tensor) -> None:
         if self._average is not None and self._evaluation is not None:
             self._average.follow(self._evaluation, step)
+        if self._preconditioner is not None:
+            self._preconditioner.accepted(step)
+        self._evaluation = None
+
+    def snapshot(self) -> tuple[Any, ...]:
+        average = None if self._average is None else self._average.state_dict()
+        return average, self._scales, None if self._preconditioner is None else self._preconditioner.snapshot()
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        self._restore_own(snapshot)
+        if self._preconditioner is not None:
+            self._preconditioner.restore(snapshot[2])
+
+    def rejected(self, snapshot: tuple[Any, ...]) -> None:
+        """Restore, and make the preconditioner anew at the next step."""
+        self._restore_own(snapshot)
+        if self._preconditioner is not None:
+            self._preconditioner.rejected(snapshot[2])
+
+    def _restore_own(self, snapshot: tuple[Any, ...]) -> None:
+        average, self._scales, _ = snapshot
+        if self._average is not None:
+            self._average.load_state_dict(average)
         self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
-        average = {} if self._average is None else {"average": self._average.state_dict()}
-        return average if self._config.scaling is None else {**average, "scales": self._scales}
+        state: dict[str, Any] = {}
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
+        if self._config.scaling is not None:
+            state["scales"] = self._scales
+        if self._preconditioner is not None:
+            state["preconditioner"] = self._preconditioner.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        parts = [("average", self._average), ("preconditioner", self._preconditioner)]
+        own = [(part, state[name], part.state_dict()) for name, part in parts if part is not None]
         scales = None if self._config.scaling is None else state["scales"]
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
+        try:
+            for part, new, _ in own:
+                part.load_state_dict(new)
+        except Exception:  # both or none
+            for part, _, old in own:
+                part.load_state_dict(old)
+            raise
         self._scales, self._evaluation = scales, None

@@ -5,11 +5,16 @@ Symbols: B the approximation, lambda the damping, P (D, D) close to (C + lambda 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from curvlib.approximations import Diagonal
+from curvlib.approximations import Approximation, Diagonal
 from curvlib.matrices import EmpiricalFisher
-from curvlib.optimizers.amortised import AmortisedInverse
+from curvlib.objective import Objective
+from curvlib.optimizers.amortised import AmortisedInverse, InverseState
+from curvlib.optimizers.proposal import check_approximation, refuse_indefinite, refuse_what_follows_steps
+from curvlib.optimizers.situation import Situation
+from curvlib.solvers import DampingFloor, damped_inverse
 from curvlib.spectra import DampedPower
 
 
@@ -29,6 +34,15 @@ class Preconditioner(AmortisedInverse):
         statistics_every: steps from one statistic to the next.
         inverse_every: steps from one P to the next. The first three steps, a damping that has moved by a factor of two
             and a rejected step refresh it as well.
+        floor: the least damping of P, where that of the step is lower: ``RelativeFloor(0.01)``, a part of trace(B) / D,
+            or ``AbsoluteFloor(...)``. None leaves it to the direction: no floor in ``TruncatedNewton``, and
+            ``RelativeFloor(0.01)`` in ``ModelDescent``, since a trust region as a rule has a damping of 0, and B alone
+            may be singular.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a number is out of range, B may be indefinite and the solver cannot do with that, or the floor
+            needs the first damping, as ``StartFloor`` does.
 
     Example:
         >>> import curvlib, torch
@@ -41,6 +55,30 @@ class Preconditioner(AmortisedInverse):
     fraction: float = 1.0
     decay: float = 0.0
     inverse_every: int = 1
+    floor: DampingFloor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.floor is None:
+            return
+        if not isinstance(self.floor, DampingFloor):
+            raise TypeError(
+                f"Preconditioner needs floor to be None or a DampingFloor such as RelativeFloor(0.01), got "
+                f"{self.floor!r}."
+            )
+        try:
+            self.floor.least(1.0, None)
+        except ValueError as error:
+            raise ValueError(
+                f"Preconditioner knows no first damping, and {self.floor!r} needs one: use another floor."
+            ) from error
+
+    def damping_of_inverse(self, situation: Situation, mean_curvature: Callable[[], float]) -> float:
+        """Return the damping of the step, or the floor if that is more."""
+        if self.floor is None:
+            return situation.damping
+        mean = mean_curvature() if self.floor.needs_mean_curvature else None
+        return max(situation.damping, self.floor.least(mean, None))
 
     @classmethod
     def martens(cls, *, power: float = 0.75) -> Preconditioner:
@@ -55,3 +93,41 @@ class Preconditioner(AmortisedInverse):
             power: alpha.
         """
         return cls(curvature=Diagonal(EmpiricalFisher()), solver=DampedPower(power))
+
+
+def check_preconditioner(owner: str, preconditioner: object) -> None:
+    """Refuse what is neither a preconditioner nor an approximation whose damped inverse is made anew at each step.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: it learns from steps, or may be indefinite.
+    """
+    if isinstance(preconditioner, Preconditioner):
+        return
+    check_approximation(owner, "preconditioner", preconditioner)
+    assert isinstance(preconditioner, Approximation)
+    refuse_what_follows_steps(owner, "preconditioner", preconditioner)
+    refuse_indefinite(owner, "preconditioner", preconditioner, damped_inverse)
+
+
+def start_preconditioner(
+    preconditioner: Approximation | Preconditioner | None,
+    objective: Objective,
+    *,
+    fraction: float,
+    floor: DampingFloor | None = None,
+) -> InverseState | None:
+    """Return the state of a preconditioner in one optimizer, None where there is none.
+
+    Args:
+        preconditioner: what :func:`check_preconditioner` has let pass, or None.
+        objective: what is minimised.
+        fraction: part of the batch that a bare approximation is estimated on.
+        floor: of its damping, where it has none of its own.
+    """
+    if preconditioner is None:
+        return None
+    if isinstance(preconditioner, Preconditioner):
+        own = preconditioner.floor if preconditioner.floor is not None else floor
+        return replace(preconditioner, floor=own).start_inverse(objective)
+    return Preconditioner(curvature=preconditioner, fraction=fraction, floor=floor).start_anew(objective)

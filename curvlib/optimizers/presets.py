@@ -170,6 +170,7 @@ def newton_trust_region(
     descent: Descent | None = None,
     radius: float | RadiusControl = 1.0,
     damping: float = 0.0,
+    preconditioner: Approximation | Preconditioner | None = None,
     curvature_fraction: float = 1.0,
     seed: int = 0,
 ) -> SecondOrderOptimizer:
@@ -183,6 +184,8 @@ def newton_trust_region(
         descent: ``Steihaug()`` by default.
         radius: the first radius, in the units of the parameters, or a whole control.
         damping: a constant lambda, added to the curvature.
+        preconditioner: of the conjugate gradients: an approximation, whose damped inverse is made anew at each step; or
+            a ``Preconditioner(...)``, which says how often, with which solver and from which average; or None.
         curvature_fraction: part of the batch for the curvature's products.
         seed: of the optimizer's random generator.
     """
@@ -192,6 +195,7 @@ def newton_trust_region(
             curvature=curvature if curvature is not None else Exact(Hessian()),
             descent=descent if descent is not None else Steihaug(),
             fraction=curvature_fraction,
+            preconditioner=preconditioner,
         ),
         step_rule=FixedLength(),
         damping=ConstantDamping(damping),

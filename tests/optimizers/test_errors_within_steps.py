@@ -34,8 +34,10 @@ from curvlib.solvers import (
     DampedNewton,
     LevenbergMarquardt,
     MoreSorensen,
+    PreconditionerNorm,
     RelativeRadius,
     SolveError,
+    Steihaug,
     TrustRegion,
     damped_inverse,
 )
@@ -82,6 +84,15 @@ OPTIMIZERS = {
     ),
     "l-bfgs in a region": composed(
         ModelDescent(curvature=LBFGS(), descent=MoreSorensen()), radius=TrustRegion(initial=0.2)
+    ),
+    "region of a preconditioner": composed(
+        ModelDescent(
+            curvature=Dense(Fisher()),
+            descent=Steihaug(region=PreconditionerNorm()),
+            decay=0.5,
+            preconditioner=Preconditioner(curvature=KFAC(Fisher()), fraction=0.5, decay=0.5, inverse_every=3),
+        ),
+        radius=TrustRegion(initial=0.05),
     ),
 }
 

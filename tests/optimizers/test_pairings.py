@@ -33,6 +33,7 @@ from curvlib.solvers import (
     LevenbergMarquardt,
     LinearDamping,
     MoreSorensen,
+    PreconditionerNorm,
     RadiusControl,
     RelativeStart,
     SlopeRatio,
@@ -56,6 +57,10 @@ WITH_RADIUS = {
     "more-sorensen": ModelDescent(curvature=Dense(Hessian()), descent=MoreSorensen()),
     "more-sorensen, kfac": ModelDescent(curvature=KFAC(GGN()), descent=MoreSorensen()),
     "plane": ModelDescent(curvature=Exact(Hessian()), descent=TwoDimensionalSubspace()),
+    "steihaug, preconditioned": ModelDescent(curvature=Exact(Hessian()), preconditioner=KFAC(GGN())),
+    "steihaug, norm of the preconditioner": ModelDescent(
+        curvature=Exact(GGN()), descent=Steihaug(region=PreconditionerNorm()), preconditioner=KFAC(GGN())
+    ),
 }
 KEEPS_LENGTH = {"whole": FixedLength(), "half": FixedLength(learning_rate=0.5)}
 CHOOSES_LENGTH = {
@@ -128,7 +133,7 @@ def test_a_pair_trains_or_is_refused_with_its_reason(direction, rule, control):
             assert result.ratio is not None
 
 
-@pytest.mark.parametrize("direction", WITH_RADIUS)
+@pytest.mark.parametrize("direction", [name for name in WITH_RADIUS if WITH_RADIUS[name].knows_lengths])
 def test_no_step_leaves_the_region(direction):
     objective, batch = small_network()
     optimizer = SecondOrderOptimizer(
