@@ -23,7 +23,6 @@ from curvlib.optimizers.proposal import (
     DirectionState,
     Proposal,
     check_approximation,
-    check_fixed_preconditioner,
     refuse_parts_of_sums,
     refuse_what_follows_steps,
 )
@@ -180,7 +179,7 @@ class TruncatedNewton(Direction):
         for part in (self.curvature, self.regularizer):
             if part is not None:
                 part.check(objective)
-        check_fixed_preconditioner("TruncatedNewton(cg=CG(preconditioner=...))", self.cg.preconditioner, objective)
+        self.cg.check(objective.layout.size)
         inverse = start_preconditioner(self.preconditioner, objective, fraction=self.fraction)
         return _TruncatedState(self, inverse)
 

@@ -14,7 +14,7 @@ import torch
 
 from curvlib.objective import Objective
 from curvlib.optimizers.proposal import Solver
-from curvlib.solvers import BlockwiseDamping, damped_inverse
+from curvlib.solvers import BlockwiseDamping, KrylovMethod, damped_inverse
 from curvlib.solvers.damping_scale import checked_damping
 from curvlib.solvers.definiteness import takes_indefinite
 
@@ -95,7 +95,13 @@ class LayerDamping(SolverForModel):
 
 
 def bound(solver: Solver | SolverForModel, objective: Objective) -> Solver:
-    """Return the solver, bound to the objective if it asks for that."""
+    """Return the solver, bound to the objective if it asks for that.
+
+    Raises:
+        ValueError: it does not fit the objective.
+    """
+    if isinstance(solver, KrylovMethod):
+        solver.check(objective.layout.size)
     return solver.bind(objective) if isinstance(solver, SolverForModel) else solver
 
 

@@ -139,6 +139,7 @@ class ModelDescent(Direction):
         """Return the state before the first step."""
         refuse_parts_of_sums("ModelDescent", self.fraction, objective)
         self.curvature.check(objective)
+        self.descent.check(objective.layout.size)
         if self.scaling is not None:
             self.scaling.check(objective.layout.size)
         inverse = start_preconditioner(self.preconditioner, objective, fraction=self.fraction, floor=_FLOOR)

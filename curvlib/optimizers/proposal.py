@@ -144,14 +144,6 @@ def refuse_indefinite(owner: str, name: str, approximation: Approximation, solve
         )
 
 
-def check_fixed_preconditioner(owner: str, preconditioner: LinearOperator | None, objective: Objective) -> None:
-    """Raise ValueError for a preconditioner of all steps that is of another size than the parameters."""
-    if preconditioner is not None and preconditioner.size != objective.layout.size:
-        raise ValueError(
-            f"{owner} must be an operator on the D = {objective.layout.size} parameters, got {preconditioner!r}."
-        )
-
-
 def refuse_parts_of_sums(owner: str, fraction: float, objective: Objective) -> None:
     """Raise ValueError for a part of the batch and a loss that is a sum."""
     if fraction < 1 and objective.loss.additive:

@@ -85,9 +85,25 @@ class KrylovMethod(ABC):
             return self.check_every
         return _LOOKS_ON_THE_CPU if device.type == "cpu" else _LOOKS_ELSEWHERE
 
+    def check(self, size: int) -> None:
+        """Refuse a preconditioner that fits no matrix of D = size, before there is one.
+
+        Raises:
+            ValueError: it has another size.
+        """
+        check_size(type(self).__name__, self.preconditioner, size)
+
     @abstractmethod
     def __call__(self, operator: LinearOperator, damping: float) -> IterativeInverse:
         """Return the operator that solves (C + damping I) x = b anew at each product."""
+
+
+def check_size(owner: str, preconditioner: LinearOperator | None, size: int) -> None:
+    """Raise ValueError for a preconditioner of another size than the parameters."""
+    if preconditioner is not None and preconditioner.size != size:
+        raise ValueError(
+            f"{owner}(preconditioner=...) must be an operator on the D = {size} parameters, got {preconditioner!r}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

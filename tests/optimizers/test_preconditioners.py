@@ -16,6 +16,8 @@ from curvlib.operators import Diagonal as DiagonalOperator
 from curvlib.optimizers import (
     BacktrackingLineSearch,
     FixedLength,
+    ModelDescent,
+    PreconditionedGradient,
     Preconditioner,
     SecondOrderOptimizer,
     TruncatedNewton,
@@ -25,10 +27,15 @@ from curvlib.solvers import (
     CG,
     MINRES,
     ConstantDamping,
+    DampedNewton,
+    Dogleg,
     FactoredTikhonov,
     LevenbergMarquardt,
     ResidualTest,
     SolveError,
+    Steihaug,
+    TrustRegion,
+    TwoDimensionalSubspace,
     damped_inverse,
 )
 from curvlib.spectra import DampedPower, NoStructureError
@@ -267,11 +274,45 @@ def test_a_preconditioner_of_conjugate_gradients_serves_all_steps():
     assert float(objective.value(batch)) < float(small_network()[0].value(batch))
 
 
-def test_a_second_preconditioner_and_one_of_another_size_are_refused():
-    objective, _ = small_network()
+def test_a_second_preconditioner_is_refused():
     cg = CG(preconditioner=DiagonalOperator(torch.ones(3, dtype=torch.float64)))
     for other in (KFAC(GGN()), Preconditioner.martens()):
         with pytest.raises(ValueError, match="two preconditioners"):
             TruncatedNewton(cg=cg, preconditioner=other)
-    with pytest.raises(ValueError, match=rf"on the D = {objective.layout.size} parameters, got Diagonal\(size=3"):
-        newton(objective, None, cg=cg)
+
+
+FIXED = {
+    "truncated newton": lambda P: TruncatedNewton(cg=CG(preconditioner=P)),
+    "gradient": lambda P: PreconditionedGradient(curvature=Exact(GGN()), solver=CG(preconditioner=P), fraction=1.0),
+    "preconditioner": lambda P: TruncatedNewton(
+        preconditioner=Preconditioner(curvature=KFAC(GGN()), solver=CG(preconditioner=P))
+    ),
+    "damped newton": lambda P: ModelDescent(
+        curvature=Exact(GGN()), descent=DampedNewton(solver=MINRES(preconditioner=P))
+    ),
+    "dogleg": lambda P: ModelDescent(curvature=Exact(GGN()), descent=Dogleg(solver=CG(preconditioner=P))),
+    "steihaug": lambda P: ModelDescent(curvature=Exact(GGN()), descent=Steihaug(preconditioner=P)),
+    "plane": lambda P: ModelDescent(
+        curvature=Exact(GGN()), descent=TwoDimensionalSubspace(steihaug=Steihaug(preconditioner=P))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_preconditioner_of_another_size_is_refused_when_the_optimizer_is_made(name):
+    objective, batch = small_network()
+    size = objective.layout.size
+    control = {"damping": ConstantDamping(0.1)}
+    if name in ("dogleg", "steihaug", "plane"):
+        control["radius"] = TrustRegion()
+    with pytest.raises(ValueError, match=rf"on the D = {size} parameters, got Diagonal\(size=3"):
+        SecondOrderOptimizer(
+            objective,
+            direction=FIXED[name](DiagonalOperator(torch.ones(3, dtype=torch.float64))),
+            step_rule=FixedLength(),
+            **control,
+        )
+    fitting = DiagonalOperator(torch.full((size,), 2.0, dtype=torch.float64))
+    direction = FIXED[name](fitting)
+    optimizer = SecondOrderOptimizer(objective, direction=direction, step_rule=FixedLength(), **control)
+    assert optimizer.step(batch).accepted

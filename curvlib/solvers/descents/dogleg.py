@@ -16,6 +16,7 @@ from curvlib.solvers.descents.newton import Inverter, check_solver, newton_step
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.inverse import damped_inverse
+from curvlib.solvers.krylov import KrylovMethod
 from curvlib.solvers.solution import Status
 
 _REMEDY = "Use more damping, a positive semi-definite curvature, or Steihaug, MoreSorensen or TwoDimensionalSubspace."
@@ -51,6 +52,11 @@ class Dogleg(Descent):
     def needs_definite(self) -> bool:
         """True."""
         return True
+
+    def check(self, size: int) -> None:
+        """Refuse an iterative solver with a preconditioner of another size."""
+        if isinstance(self.solver, KrylovMethod):
+            self.solver.check(size)
 
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.

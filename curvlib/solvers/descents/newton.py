@@ -16,7 +16,7 @@ from torch import Tensor
 from curvlib.operators import LinearOperator
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.inverse import damped_inverse
-from curvlib.solvers.krylov import IterativeInverse
+from curvlib.solvers.krylov import IterativeInverse, KrylovMethod
 from curvlib.solvers.solution import Status
 
 # Anything that turns (C, lambda) into an operator close to (C + lambda I)^-1.
@@ -52,6 +52,11 @@ class DampedNewton(Descent):
     def has_radius(self) -> bool:
         """False: its length follows from the damping alone."""
         return False
+
+    def check(self, size: int) -> None:
+        """Refuse an iterative solver with a preconditioner of another size."""
+        if isinstance(self.solver, KrylovMethod):
+            self.solver.check(size)
 
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.

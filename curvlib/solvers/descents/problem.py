@@ -176,6 +176,9 @@ class Descent(ABC):
         del preconditioner
         raise TypeError(f"{self!r} takes no preconditioner: use Steihaug() or TwoDimensionalSubspace() without one.")
 
+    def check(self, size: int) -> None:  # noqa: B027 - most descents fit any size
+        """Raise ValueError unless the descent fits problems of D = size, before there is one. Default: it does."""
+
     @abstractmethod
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step."""

@@ -16,6 +16,7 @@ from curvlib.operators import LinearOperator, full_precision
 from curvlib.solvers.cg import CG
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.descents.region import EuclideanNorm, RegionNorm
+from curvlib.solvers.krylov import check_size
 from curvlib.solvers.solution import Progress, ResidualTest, Status, StoppingRule
 
 _RUNNING, _BOUNDARY = -1, -2  # beside the values of Status
@@ -96,6 +97,10 @@ class Steihaug(Descent):
     def preconditioned(self, preconditioner: LinearOperator) -> Steihaug:
         """Return the same with a preconditioner, in place of its own if it has one."""
         return replace(self, preconditioner=preconditioner)
+
+    def check(self, size: int) -> None:
+        """Refuse a preconditioner of another size."""
+        check_size("Steihaug", self.preconditioner, size)
 
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.

@@ -60,6 +60,10 @@ class TwoDimensionalSubspace(Descent):
         """Return the same with a preconditioner of the conjugate gradients."""
         return replace(self, steihaug=self.steihaug.preconditioned(preconditioner))
 
+    def check(self, size: int) -> None:
+        """Refuse a preconditioner of another size."""
+        self.steihaug.check(size)
+
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step, with the status of the conjugate gradients; mu is unknown on the boundary.
 
