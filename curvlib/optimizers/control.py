@@ -130,6 +130,19 @@ class StepControl:
             return self.damping.accept(ratio)
         return ratio is not None and self.radius.accept(ratio)
 
+    @property
+    def raises_damping(self) -> bool:
+        """Whether more damping answers a C + lambda I that is not positive definite."""
+        return self.radius is None and self.damping.raises_damping
+
+    def raised(self, state: ControlState) -> ControlState | None:
+        """Return the state with more damping after a step that could not be made, None where there is none."""
+        damping = self.damping.raised(state.damping) if self.raises_damping else None
+        if damping is None:
+            return None
+        damping = replace(damping, rejected=state.damping.rejected + 1)
+        return ControlState(damping=_with_first(damping, state.damping.first))
+
     def update(
         self,
         state: ControlState,

@@ -41,7 +41,9 @@ class ModelDescent(Direction):
     .. math:: \min_d \; g^T d + \tfrac12 d^T (C + \lambda I) d \quad \text{subject to} \quad |d| \le \Delta
 
     The radius is that of ``radius=TrustRegion(...)`` in the optimizer; with ``DampedNewton()`` there is none, and the
-    control is one of the damping. With a scaling all of this is meant in the scaled parameters S theta:
+    control is one of the damping. For a curvature that may be indefinite, that is one that raises the damping until
+    C + lambda I is positive definite, such as ``LevenbergMarquardt``: there is no step before. With a scaling all of
+    this is meant in the scaled parameters S theta:
 
     .. math:: \min_d \; g^T d + \tfrac12 d^T (C + \lambda S^2) d \quad \text{subject to} \quad |S d| \le \Delta
 
@@ -92,7 +94,7 @@ class ModelDescent(Direction):
                 "indefinite: use a curvature of GGN(), Fisher() or EmpiricalFisher(), FixedScaling(values), or "
                 "newton_trust_region(objective) for the Hessian."
             )
-        if self.descent.needs_definite and self.curvature.may_be_indefinite:
+        if self.descent.has_radius and self.descent.needs_definite and self.curvature.may_be_indefinite:
             raise ValueError(
                 f"{type(self.descent).__name__} needs a positive definite C + damping I, and {self.curvature!r} may be "
                 "indefinite: use Steihaug, MoreSorensen or TwoDimensionalSubspace, or a curvature of GGN() or Fisher()."
@@ -124,6 +126,11 @@ class ModelDescent(Direction):
     def has_radius(self) -> bool:
         """Whether the descent keeps to a radius."""
         return self.descent.has_radius
+
+    @property
+    def needs_damping(self) -> bool:
+        """Whether the curvature may be indefinite, and the descent needs it definite and has no radius."""
+        return not self.has_radius and self.descent.needs_definite and self.curvature.may_be_indefinite
 
     @property
     def takes_curvature_batch(self) -> bool:

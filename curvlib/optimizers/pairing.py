@@ -33,6 +33,7 @@ def check_pairing(direction: Direction, step_rule: StepRule, control: StepContro
                 "ModelDescent with Steihaug, Dogleg, MoreSorensen or TwoDimensionalSubspace, or a damping control such "
                 "as LevenbergMarquardt."
             )
+        _check_damping(direction, control)
         return
     if control.radius is None:
         raise ValueError(
@@ -49,4 +50,15 @@ def check_pairing(direction: Direction, step_rule: StepRule, control: StepContro
     if reason is not None:
         raise ValueError(
             f"{step_rule!r} does not go with a radius: {reason}. Use FixedLength() with {direction.description()}."
+        )
+
+
+def _check_damping(direction: Direction, control: StepControl) -> None:
+    """Refuse a damping that stays what it is beside a direction that may need more."""
+    if direction.needs_damping and not control.raises_damping:
+        raise ValueError(
+            f"{direction.description()} needs a positive definite C + damping I, its curvature may be indefinite, and "
+            f"{control.damping!r} does not raise the damping where that is not enough, so that training would fail at "
+            "some step. Use LevenbergMarquardt(...), Steihaug() or MoreSorensen() in a trust region, TruncatedNewton "
+            "with a line search, or a curvature of GGN() or Fisher()."
         )

@@ -90,6 +90,14 @@ class Direction(ABC):
         return False
 
     @property
+    def needs_damping(self) -> bool:
+        """Whether its C + lambda I may turn out not to be positive definite, and has to be. Default: no.
+
+        Then it raises ``NotPositiveDefiniteError`` at some step, and a control that raises the damping is asked for.
+        """
+        return False
+
+    @property
     def takes_curvature_batch(self) -> bool:
         """Whether it asks for :meth:`Situation.curvature_part`, which may be a batch of its own. Default: no."""
         return False
@@ -140,7 +148,7 @@ def refuse_indefinite(owner: str, name: str, approximation: Approximation, solve
             f"{owner} needs a positive definite C + damping I for {solver!r}, and {name}={approximation!r} may be "
             "indefinite, so that training would fail at some step. Use a curvature of GGN() or Fisher(), "
             "RootMeanSquareDiagonal(...) for a diagonal as in AdaHessian, MINRES() as the solver, or ModelDescent with "
-            "Steihaug() in a trust region."
+            "Steihaug() in a trust region or with DampedNewton() and LevenbergMarquardt(), which raises the damping."
         )
 
 

@@ -7,7 +7,7 @@ reduction ratio, d step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from curvlib.optimizers.proposal import Direction, Proposal, probed_mean_curvatu
 from curvlib.optimizers.situation import Situation
 from curvlib.optimizers.step_result import StepResult
 from curvlib.optimizers.step_rules import StepRule
-from curvlib.solvers import DampedRatio, DampingControl, RadiusControl, RatioConvention
+from curvlib.solvers import DampedRatio, DampingControl, NotPositiveDefiniteError, RadiusControl, RatioConvention
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -137,7 +137,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the direction takes no curvature batch, or it does not fit a loss that is a sum.
             NonFiniteLossError: the objective or its gradient is NaN or infinite.
-            SolveError: the curvature could not be inverted.
+            SolveError: the curvature could not be inverted. Where C + lambda I is not positive definite and the control
+                raises the damping, as ``LevenbergMarquardt`` does up to its ceiling, the step is a rejected one instead
+                (``StepResult.failure``).
 
         After any error, also one of the model's or a KeyboardInterrupt, the parameters and :meth:`state_dict` are
         unchanged.
@@ -205,7 +207,10 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def _propose(self, situation: Situation, state: ControlState) -> tuple[StepResult, Float[Tensor, " D"]]:
         """Return a step and what there is to say about it, and move the control."""
-        proposal = self._direction.propose(situation)
+        try:
+            proposal = self._direction.propose(situation)
+        except NotPositiveDefiniteError as error:
+            return self._failed(situation, state, error), torch.zeros_like(situation.gradient)
         choice = self.step_rule.choose(situation, proposal, self._previous)
         actual, ratio = judge(situation, choice, self.ratio, needed=self.control.needs_ratio(state))
         accepted = choice.learning_rate != 0 and (choice.value is not None or self.control.accept(ratio))
@@ -244,6 +249,24 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             return probed_mean_curvature(proposal.operator, self._generator)
         return proposal.mean_curvature
 
+    def _failed(self, situation: Situation, state: ControlState, error: NotPositiveDefiniteError) -> StepResult:
+        """Raise the damping and return what there is to say; raise the error where the control has no more damping."""
+        raised = self.control.raised(state)
+        if raised is None:
+            raise error
+        self._state = raised
+        return StepResult(
+            loss=float(situation.evaluation.value),
+            predicted=nan,
+            actual=None,
+            ratio=nan,
+            damping=situation.damping,
+            accepted=False,
+            gradient_evaluations=situation.work,
+            gradient_norm=situation.gradient_norm,
+            failure=str(error),
+        )
+
     def _finite_gradient(self, evaluation: Evaluation) -> tuple[Float[Tensor, " D"], float]:
         """Return the gradient and its largest entry; refuse what is not finite before anything changes."""
         gradient = evaluation.gradient()
@@ -265,9 +288,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             ratio=None,
             damping=self.damping if self.damping is not None else 0.0,
             accepted=False,
-            learning_rate=0.0,
-            momentum=0.0,
-            iterations=0,
             gradient_evaluations=evaluation.work,
             radius=self.radius,
         )

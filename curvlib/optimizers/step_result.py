@@ -20,14 +20,16 @@ class StepResult:
         ratio: rho, or None if it was not needed.
         damping: lambda of this step.
         accepted: whether the parameters were changed.
+        gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
+            network; second moments, inverses and their products are not counted.
         learning_rate: coefficient of the proposal.
         momentum: coefficient of the last step.
         iterations: of an iterative solver.
-        gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
-            network; second moments, inverses and their products are not counted.
         radius: Delta of this step, None where there is no trust region.
         gradient_norm: the largest entry of g before the step, by size.
         step_norm: |d|, whether or not it was accepted; of the proposal, where a line search has found no step along it.
+        failure: the reason, where C + lambda I was not positive definite, so that there was no step to judge and the
+            control has raised the damping; ``predicted`` and ``ratio`` are NaN. None otherwise.
     """
 
     loss: float
@@ -36,10 +38,11 @@ class StepResult:
     ratio: float | None
     damping: float
     accepted: bool
-    learning_rate: float
-    momentum: float
-    iterations: int
     gradient_evaluations: float
+    learning_rate: float = 0.0
+    momentum: float = 0.0
+    iterations: int = 0
     radius: float | None = None
     gradient_norm: float = 0.0
     step_norm: float = 0.0
+    failure: str | None = None

@@ -20,7 +20,7 @@ from curvlib.solvers.descents import (
     TwoDimensionalSubspace,
 )
 from curvlib.solvers.determinism import DeterminismCheck, StochasticOperatorError, check_deterministic
-from curvlib.solvers.errors import SolveError
+from curvlib.solvers.errors import NotPositiveDefiniteError, SolveError
 from curvlib.solvers.factored_tikhonov import Balance, FactoredTikhonov, FixedPi, TraceNormPi, UnitPi
 from curvlib.solvers.inverse import damped_inverse, eigendecompose
 from curvlib.solvers.krylov import IterativeInverse, KrylovMethod
@@ -82,6 +82,7 @@ __all__ = [
     "LinearDamping",
     "MINRESInverse",
     "MoreSorensen",
+    "NotPositiveDefiniteError",
     "PreconditionerNorm",
     "Prediction",
     "Progress",

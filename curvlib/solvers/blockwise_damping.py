@@ -132,7 +132,7 @@ def _(operator: BlockDiagonal, values: Float[Tensor, " D"], solver: Inverter) ->
         try:
             inverses.append(_inverse(block, values[index], solver))
         except SolveError as error:
-            raise SolveError(f"Block {i} of {operator!r}: {error}", error.solution) from error
+            raise error.within(f"Block {i} of {operator!r}") from error
     result, rest = operator.with_blocks(tuple(inverses)), operator.uncovered()
     if not len(rest):
         return result

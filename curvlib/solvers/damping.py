@@ -19,6 +19,10 @@ from typing import Any
 
 from curvlib.solvers.damping_scale import AbsoluteFloor, DampingFloor, RelativeStart, checked_damping
 
+# How much more damping is tried where C + lambda I is not positive definite, at least: with a smaller factor one
+# indefinite point may take dozens of factorisations.
+_LEAST_RAISE = 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class DampingState:
@@ -110,6 +114,22 @@ class DampingControl(ABC):
         """Return whether a step of this ratio stays; False asks for it to be undone. Default: always."""
         return True
 
+    @property
+    def raises_damping(self) -> bool:
+        """Whether :meth:`raised` has an answer where C + lambda I is not positive definite. Default: no."""
+        return False
+
+    def raised(self, state: DampingState) -> DampingState | None:
+        """Return the state after a step that could not be made, since C + lambda I was not positive definite.
+
+        Args:
+            state: the state that the step was tried with.
+
+        Returns:
+            A state of a larger damping, None where there is none; the default. Then the optimizer raises the error.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class ConstantDamping(DampingControl):
@@ -152,7 +172,9 @@ class LevenbergMarquardt(DampingControl):
         \rho < \text{low} \text{ or not finite}: \lambda \leftarrow \text{increase} \cdot \lambda
 
     Martens & Grosse (2015), section 6.5; More (1978). Departure: a rejected step raises the damping at once, whatever
-    the interval, since the same step would otherwise be proposed again.
+    the interval, since the same step would otherwise be proposed again. Where C + lambda I is not positive definite,
+    so that there is no step, the damping rises by ``increase`` and at least to its double (Nocedal & Wright, "Numerical
+    Optimization", algorithm 3.3), up to the ceiling.
 
     Args:
         initial: lambda of the first step: a number between floor and ceiling, or a :class:`RelativeStart`, which is
@@ -287,6 +309,18 @@ class LevenbergMarquardt(DampingControl):
     def _least_at_start(self, first: float) -> float:
         """Return the floor before the first step, 0 where that is unknown."""
         return 0.0 if self.floor.needs_mean_curvature else self.floor.least(None, first)
+
+    @property
+    def raises_damping(self) -> bool:
+        """Whether the damping may rise at all."""
+        return self.increase > 1
+
+    def raised(self, state: DampingState) -> DampingState | None:
+        """Return the state with more damping, None at the ceiling."""
+        damping = min(state.damping * max(self.increase, _LEAST_RAISE), self.ceiling)
+        if not (self.raises_damping and damping > state.damping):
+            return None
+        return replace(state, damping=damping, step=state.step + 1, rejected=state.rejected + 1)
 
     def _adapts(self, state: DampingState) -> bool:
         return (state.step + 1) % self.interval == 0

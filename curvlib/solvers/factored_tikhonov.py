@@ -207,8 +207,8 @@ def _(operator: Kronecker, damping: float, solver: FactoredTikhonov) -> LinearOp
         try:
             inverses.append(_explicit(damped_inverse(factor, share * root)))
         except SolveError as error:
-            raise SolveError(
-                f"Factor {i} of {operator!r}, which gets the damping {share * root:.3g} of {damping:.3g}: {error}"
+            raise error.within(
+                f"Factor {i} of {operator!r}, which gets the damping {share * root:.3g} of {damping:.3g}"
             ) from error
     return Kronecker(tuple(inverses))
 

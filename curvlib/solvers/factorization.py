@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvlib.operators import CholeskyInverse, Dense, OperatorError
 from curvlib.operators.checks import is_symmetric, symmetrized
-from curvlib.solvers.errors import SolveError
+from curvlib.solvers.errors import NotPositiveDefiniteError, SolveError
 
 # A full float64 matrix of this size takes 3.2 GB; beyond it a default rule would exhaust memory.
 LARGEST_DENSE = 20_000
@@ -29,8 +29,9 @@ def damped_cholesky(operator: Dense, damping: float) -> CholeskyInverse:
     precision although the factorisation has run through. The test does not depend on the scale of the coordinates.
 
     Raises:
-        SolveError: M is not finite, not symmetric, or M + damping I is not positive definite; the message says which
-            eigenvalue M has and which damping it needs.
+        SolveError: M is not finite or not symmetric.
+        NotPositiveDefiniteError: M + damping I is not; the message says which eigenvalue M has and which damping it
+            needs.
     """
     M = _symmetrized(operator.matrix, f"The matrix of {operator!r}")
     for attempt in _attempts(M):
@@ -97,13 +98,13 @@ def _cholesky(M: Float[Tensor, "*B D D"], damping: float) -> tuple[Float[Tensor,
     return L, (failure == 0) & (L.diagonal(dim1=-2, dim2=-1).square() > rounding).all(-1)
 
 
-def _not_definite(M: Float[Tensor, "*B D D"], damping: float, label: str) -> SolveError:
+def _not_definite(M: Float[Tensor, "*B D D"], damping: float, label: str) -> NotPositiveDefiniteError:
     """Return the error for the matrix that needs the largest damping."""
     e = _eigh(M, label)[0]
     needed = (-e.amin(-1)).clamp(min=0.0) + _rounding(e, torch.float64).squeeze(-1)
     worst = int(needed.argmax())
     where = label if M.ndim == 2 else f"matrix {worst} of {label}"
-    return SolveError(
+    return NotPositiveDefiniteError(
         f"C + damping I is not positive definite to working precision for {where} with damping = {damping:.3g}: C has "
         f"the eigenvalue {float(e.amin(-1).reshape(-1)[worst]):.3g}. Use a damping above {float(needed.max()):.3g}."
     )

@@ -40,7 +40,7 @@ from curvlib.operators import (
 from curvlib.operators.structure import absorb_factor, add_shift
 from curvlib.solvers.cg import CG
 from curvlib.solvers.damping_scale import checked_damping
-from curvlib.solvers.errors import SolveError
+from curvlib.solvers.errors import NotPositiveDefiniteError, SolveError
 from curvlib.solvers.factorization import LARGEST_DENSE, damped_cholesky
 from curvlib.solvers.solution import RaiseAtLimit, ResidualTest
 from curvlib.solvers.spectral import eigendecompose
@@ -79,8 +79,8 @@ def damped_inverse(operator: LinearOperator, damping: float) -> LinearOperator:
     Raises:
         TypeError: the operator or the damping is of another kind.
         ValueError: the damping is negative or not finite.
-        SolveError: C + lambda I is not positive definite or not finite. The default rule raises it at the product, also
-            where conjugate gradients do not converge.
+        NotPositiveDefiniteError: C + lambda I is not positive definite. The default rule raises it at the product.
+        SolveError: C is not finite, or conjugate gradients do not converge, as the default rule finds at the product.
 
     Example:
         >>> damped_inverse(Diagonal(torch.tensor([1.0, 3.0])), 1.0) @ torch.ones(2)
@@ -130,7 +130,7 @@ def inverse_by_blocks(
         try:
             inverses.append(inverse(block, damping))
         except SolveError as error:
-            raise SolveError(f"Block {i} of {operator!r}: {error}", error.solution) from error
+            raise error.within(f"Block {i} of {operator!r}") from error
     result = operator.with_blocks(tuple(inverses))
     return result.with_rest(1.0 / damping) if uncovered else result
 
@@ -213,7 +213,7 @@ def _(operator: LowRank, damping: float) -> LinearOperator:
         return _inverse(_dense_if_rank_covers(operator, E), damping)
     s, Q = operator.orthogonal_form(E)
     if bool((1.0 + s <= len(s) * torch.finfo(s.dtype).eps).any()):
-        raise SolveError(
+        raise NotPositiveDefiniteError(
             f"C + damping I is not positive definite for {operator!r} with damping = {damping:.3g}: relative to its "
             f"diagonal it has the eigenvalue {float(1.0 + s.min()):.3g}. Use a larger damping."
         )
@@ -249,7 +249,7 @@ def _reciprocal(e: Float[Tensor, " ..."], operator: LinearOperator, damping: flo
         raise SolveError(
             f"{operator!r} has curvatures that are not finite ({smallest} .. {largest}): skip this update."
         )
-    raise SolveError(
+    raise NotPositiveDefiniteError(
         f"C + damping I is not positive definite for {operator!r} with damping = {damping:.3g}: C has the "
         f"eigenvalue {smallest:.3g}. Use a damping above {abs(min(smallest, 0.0)):.3g}."
     )

@@ -43,4 +43,4 @@ def _(operator: Chain, damping: float, solver: FactoredTikhonov) -> LinearOperat
     try:
         return damped_inverse(replace(operator, lag0=(G, A)), 0.0)
     except SolveError as error:
-        raise SolveError(f"{operator!r} with the damping {damping:.3g} in its lag-0 moments: {error}") from error
+        raise error.within(f"{operator!r} with the damping {damping:.3g} in its lag-0 moments") from error

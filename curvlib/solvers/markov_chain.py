@@ -37,4 +37,4 @@ def _(operator: KroneckerMarkovChain, damping: float, solver: FactoredTikhonov) 
     try:
         return damped_inverse(replace(operator, moments=tuple(moments)), 0.0)
     except SolveError as error:
-        raise SolveError(f"{operator!r} with the damping {damping:.3g} in its moments: {error}") from error
+        raise error.within(f"{operator!r} with the damping {damping:.3g} in its moments") from error

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlib.solvers.errors import SolveError
+from curvlib.solvers.errors import NotPositiveDefiniteError, SolveError
 
 
 class Status(Enum):
@@ -133,8 +133,12 @@ class Solution:
         """Do nothing where every column is solved.
 
         Raises:
-            SolveError: a column is not; its message is the diagnosis, its ``solution`` this value.
+            NotPositiveDefiniteError: a column has met negative curvature, or none, along a search direction.
+            SolveError: a column is not solved for another reason; the message of both is the diagnosis, their
+                ``solution`` this value.
         """
+        if self.status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR):
+            raise NotPositiveDefiniteError(str(self), solution=self)
         if not self.solved:
             raise SolveError(str(self), solution=self)
 

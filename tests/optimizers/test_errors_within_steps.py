@@ -11,7 +11,7 @@ from optimizer_cases import assert_same, small_network
 from torch import nn
 
 import curvlib
-from curvlib import GGN, Fisher
+from curvlib import GGN, Fisher, Hessian
 from curvlib.approximations import EKFAC, KFAC, LBFGS, Dense, Diagonal, Exact, StructuralDamping
 from curvlib.optimizers import (
     BacktrackingLineSearch,
@@ -81,6 +81,13 @@ OPTIMIZERS = {
     "scaled region": composed(
         ModelDescent(curvature=Dense(Fisher()), descent=MoreSorensen(), decay=0.9, scaling=CurvatureScaling()),
         radius=TrustRegion(initial=RelativeRadius(0.3)),
+    ),
+    "preconditioned region": composed(
+        ModelDescent(
+            curvature=Exact(Hessian()),
+            preconditioner=Preconditioner(curvature=KFAC(Fisher()), decay=0.5, inverse_every=3),
+        ),
+        radius=TrustRegion(initial=0.3),
     ),
     "l-bfgs in a region": composed(
         ModelDescent(curvature=LBFGS(), descent=MoreSorensen()), radius=TrustRegion(initial=0.2)

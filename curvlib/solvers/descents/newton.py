@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.operators import LinearOperator
+from curvlib.solvers.definiteness import takes_indefinite
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
+from curvlib.solvers.errors import NotPositiveDefiniteError
 from curvlib.solvers.inverse import damped_inverse
 from curvlib.solvers.krylov import IterativeInverse, KrylovMethod
 from curvlib.solvers.solution import Status
@@ -31,7 +33,9 @@ class DampedNewton(Descent):
 
     Args:
         solver: ``damped_inverse``, ``FactoredTikhonov()``, ``CG(...)``, ``MINRES(...)``: anything (C, lambda) ->
-            inverse. An iterative one gives the step that it has reached, with its status.
+            inverse. An iterative one gives the step that it has reached, with its status. Those that take indefinite
+            systems, such as ``MINRES``, say so by an attribute ``takes_indefinite``; with others C + lambda I has to be
+            positive definite.
 
     Example:
         >>> import torch
@@ -58,12 +62,19 @@ class DampedNewton(Descent):
         if isinstance(self.solver, KrylovMethod):
             self.solver.check(size)
 
+    @property
+    def needs_definite(self) -> bool:
+        """Whether the solver does."""
+        return not takes_indefinite(self.solver)
+
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.
 
         Raises:
             ValueError: the problem has a radius.
-            SolveError: a direct solver could not invert C + lambda I.
+            NotPositiveDefiniteError: C + lambda I is not, and there is no step; conjugate gradients give the one before
+                they notice.
+            SolveError: a direct solver could not invert C + lambda I for another reason.
         """
         if problem.radius != inf:
             raise ValueError(
@@ -73,6 +84,11 @@ class DampedNewton(Descent):
         if not bool(problem.gradient.isfinite().all()):
             return problem.no_step(Status.NOT_FINITE)
         step, status, iterations = newton_step(self.solver(problem.operator, problem.damping), problem.gradient)
+        if status in (Status.NEGATIVE_CURVATURE, Status.SINGULAR) and not bool(step.any()):
+            raise NotPositiveDefiniteError(
+                f"{self.solver!r} has no step: C + damping I with damping = {problem.damping:.3g} has no positive "
+                "curvature along the first direction. Use a larger damping."
+            )
         return problem.answer(step, on_boundary=False, multiplier=0.0, status=status, iterations=iterations)
 
 
