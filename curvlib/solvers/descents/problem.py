@@ -85,7 +85,12 @@ class Subproblem:
         iterations: int = 0,
         length: float | None = None,
     ) -> DescentStep:
-        """Return the step with the change that the model predicts, which costs a quadratic form of C."""
+        """Return the step with the change that the model predicts, which costs a quadratic form of C.
+
+        A step that is not finite becomes :meth:`no_step`.
+        """
+        if not bool(step.isfinite().all()):
+            return self.no_step(Status.NOT_FINITE)
         zero = torch.zeros((), dtype=step.dtype, device=step.device)
         model = QuadraticModel(value=zero, gradient=self.gradient, curvature=self.operator, damping=self.damping)
         return DescentStep(

@@ -147,7 +147,9 @@ class _Preconditioned(PathLengths):
 def _root(
     dd: Float[Tensor, ""], dp: Float[Tensor, ""], pp: Float[Tensor, ""], radius: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """Return tau >= 0 with dd + 2 tau dp + tau^2 pp = radius^2, without a cancellation."""
-    room = (radius.square() - dd).clamp(min=0.0)
-    root = (dp.square() + pp * room).sqrt()
-    return torch.where(dp > 0, room / (dp + root), (root - dp) / pp)
+    """Return tau >= 0 with dd + 2 tau dp + tau^2 pp = radius^2, without a cancellation or a square of the radius."""
+    size, part = pp.sqrt(), dd.sqrt() / radius
+    cosine = dp / radius / size
+    room = ((1.0 - part) * (1.0 + part)).clamp(min=0.0)
+    root = (cosine.square() + room).sqrt()
+    return torch.where(cosine > 0, room / (cosine + root), root - cosine) * radius / size

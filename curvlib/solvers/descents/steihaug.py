@@ -18,6 +18,7 @@ from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.descents.region import EuclideanNorm, RegionNorm
 from curvlib.solvers.krylov import check_size
 from curvlib.solvers.solution import Progress, ResidualTest, Status, StoppingRule
+from curvlib.solvers.units import power_of_two
 
 _RUNNING, _BOUNDARY = -1, -2  # beside the values of Status
 
@@ -143,10 +144,7 @@ class _Path:
     def __init__(self, method: Steihaug, problem: Subproblem) -> None:
         self.method, self.problem, self.A = method, problem, problem.damped
         g = problem.gradient
-        largest = g.abs().amax()
-        scale = largest.clamp(min=torch.finfo(g.dtype).tiny).log2().floor().exp2()
-        # A power of two, so that scaling rounds nothing; steps are in units of it too.
-        self.scale = torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
+        self.scale = power_of_two(g.unsqueeze(1)).squeeze()  # the unit of steps too
         self.g = g / self.scale
         self.radius = problem.radius / self.scale.double()
         self.d, self.r = torch.zeros_like(g), self.g
@@ -157,6 +155,7 @@ class _Path:
         self.values = [torch.zeros_like(g[:1])]
         self.p, self.rho = torch.zeros_like(g), torch.ones_like(self.radius)
         self.lengths = method.region.start(g)
+        self.tau = torch.zeros_like(self.radius)  # of the last step along p, to the boundary
 
     def run(self) -> None:
         """Follow the path to its end and fetch it."""
@@ -172,7 +171,10 @@ class _Path:
         named = {_RUNNING: Status.ITERATION_LIMIT, _BOUNDARY: Status.CONVERGED}
         self.status = named[state] if state in named else Status(state)
         self.on_boundary = bool(at_boundary)
-        self.step = self.d * self.scale
+        # tau may be beyond the dtype's range in units of a small gradient.
+        self.step = self.d * self.scale + (self.tau * self.scale).to(self.p) * self.p
+        if not bool(self.step.isfinite().all()):
+            self.status, self.on_boundary, self.step = Status.NOT_FINITE, False, self.d * self.scale
         length = self.lengths.of_path()
         self.length = None if length is None else float(length * self.scale.double())
 
@@ -188,11 +190,11 @@ class _Path:
         finite = curvature.isfinite() & q.isfinite().all()
         leave = running & finite & (negative | outside)
         stay = running & finite & ~negative & ~outside
-        length = torch.where(leave, self.lengths.to_boundary(self.d, p, self.radius), alpha)
+        self.tau = torch.where(leave, self.lengths.to_boundary(self.d, p, self.radius), self.tau)
         moved = leave | stay
-        self.lengths.move(moved, length)
-        self.d = torch.where(moved, self.d + length.to(p) * p, self.d)
-        self.r = torch.where(moved, self.r + length.to(p) * q, self.r)
+        self.lengths.move(moved, torch.where(leave, self.tau, alpha))
+        self.d = torch.where(stay, self.d + alpha.to(p) * p, self.d)
+        self.r = torch.where(stay, self.r + alpha.to(p) * q, self.r)
         self.count = torch.where(moved, self.iteration, self.count)
         self.at_boundary = self.at_boundary | leave
         self.operator_norm = torch.where(moved, self.operator_norm.maximum(_norm(q) / _norm(p)), self.operator_norm)
@@ -223,9 +225,9 @@ class _Path:
         rho = _dot(r, y)
         self._end(~rho.isfinite(), Status.NOT_FINITE.value)
         self._end(rho <= 0, Status.BREAKDOWN.value)
-        # The first time p is 0.
+        # The first time p is 0; at the end it stays, for the step to the boundary.
         beta = rho / self.rho
-        self.p = beta.to(y) * torch.where(self.state == _RUNNING, self.p, 0.0) - y
+        self.p = torch.where(self.state == _RUNNING, beta.to(y) * self.p - y, self.p)
         self.lengths.turn(beta, rho)
         self.rho = rho
 
@@ -235,12 +237,16 @@ class _Path:
 
 def _better(answer: DescentStep, problem: Subproblem) -> DescentStep:
     """Return the answer, or the Cauchy point where the model is lower there."""
-    g, norm = problem.gradient, torch.linalg.vector_norm(problem.gradient)
+    scale = power_of_two(problem.gradient.unsqueeze(1)).squeeze()
+    g = problem.gradient / scale
+    norm = torch.linalg.vector_norm(g)
     unit = g / torch.where(norm > 0, norm, 1.0)
-    slope, curvature = float(norm), float(problem.damped.quadratic_form(unit.unsqueeze(1)))
+    slope, curvature = float(norm * scale), float(problem.damped.quadratic_form(unit.unsqueeze(1)))
     inside = curvature > 0 and slope < problem.radius * curvature
     length = slope / curvature if inside else problem.radius
-    if not answer.prediction.damped > length * (0.5 * length * curvature - slope):
+    predicted = answer.prediction.damped
+    # 0 is a change that has underflowed, and says nothing.
+    if predicted == 0.0 or not predicted > length * (0.5 * length * curvature - slope):
         return answer
     return problem.answer(
         -length * unit,
