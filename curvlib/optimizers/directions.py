@@ -36,6 +36,7 @@ from curvlib.solvers import (
     check_deterministic,
     damping_structure,
 )
+from curvlib.solvers.definiteness import gives_descent
 from curvlib.solvers.solution import IterateGrid
 
 
@@ -59,7 +60,21 @@ class PreconditionedGradient(AmortisedInverse, Direction):
         TypeError: an argument is of another kind.
         ValueError: a number is out of range, or the curvature may be indefinite and the solver cannot do with that (one
             that can, such as ``MINRES``, has an attribute ``takes_indefinite``).
+
+    With an indefinite C + lambda I, which such a solver allows, Delta may go uphill: the optimizer asks for a control
+    that raises the damping then, such as ``LevenbergMarquardt``, unless the inverse that the solver gives is positive
+    definite all the same, as its attribute ``gives_descent`` says.
     """
+
+    @property
+    def needs_damping(self) -> bool:
+        """Whether the curvature may be indefinite, and the solver gives its inverse."""
+        return self.curvature.may_be_indefinite and not gives_descent(self.solver)
+
+    @property
+    def solves_indefinite(self) -> bool:
+        """The same."""
+        return self.needs_damping
 
     @property
     def takes_curvature_batch(self) -> bool:

@@ -5,6 +5,8 @@ Symbols: h objective, g gradient, d step.
 
 from __future__ import annotations
 
+from math import nan
+
 from curvlib.optimizers.situation import Situation
 from curvlib.optimizers.step_rules import Choice
 from curvlib.solvers import RatioConvention
@@ -13,12 +15,17 @@ from curvlib.solvers import RatioConvention
 def judge(
     situation: Situation, choice: Choice, convention: RatioConvention, *, needed: bool
 ) -> tuple[float | None, float | None]:
-    """Return h(theta + d) - h(theta) and the reduction ratio, where they are known or needed."""
+    """Return h(theta + d) - h(theta) and the reduction ratio, where they are known or needed.
+
+    The ratio is NaN where the rule has found no step: two changes of 0 would pass for agreement.
+    """
     evaluation = situation.evaluation
     before, dtype = float(evaluation.value), evaluation.outputs.dtype
     judged = choice.judged_value if choice.judged_value is not None else choice.value
     if judged is None and not needed:
         return None, None
+    if judged is None and choice.learning_rate == 0:
+        return 0.0, nan
     if judged is None:
         small = convention.slopes_below * abs(before)
         if abs(convention.predicted_change(choice.prediction)) <= small:

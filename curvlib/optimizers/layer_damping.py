@@ -16,7 +16,7 @@ from curvlib.objective import Objective
 from curvlib.optimizers.proposal import Solver
 from curvlib.solvers import BlockwiseDamping, KrylovMethod, damped_inverse
 from curvlib.solvers.damping_scale import checked_damping
-from curvlib.solvers.definiteness import takes_indefinite
+from curvlib.solvers.definiteness import gives_descent, takes_indefinite
 
 
 class SolverForModel(ABC):
@@ -73,6 +73,11 @@ class LayerDamping(SolverForModel):
     def takes_indefinite(self) -> bool:
         """Whether the solver inside does."""
         return takes_indefinite(self.solver)
+
+    @property
+    def gives_descent(self) -> bool:
+        """Whether the solver inside does."""
+        return gives_descent(self.solver)
 
     def bind(self, objective: Objective) -> Solver:
         """Return the solver for the parameters of an objective.

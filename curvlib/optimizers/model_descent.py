@@ -29,6 +29,7 @@ from curvlib.optimizers.proposal import (
 from curvlib.optimizers.scaling import Scaling, in_scaled_parameters
 from curvlib.optimizers.situation import Situation, check_fraction
 from curvlib.solvers import Descent, RelativeFloor, SolveError, Status, Steihaug, Subproblem
+from curvlib.solvers.definiteness import takes_indefinite
 
 # Of the damping of a preconditioner: that of a trust region is 0 as a rule, and an approximation alone may be singular.
 _FLOOR = RelativeFloor(0.01)
@@ -131,6 +132,11 @@ class ModelDescent(Direction):
     def needs_damping(self) -> bool:
         """Whether the curvature may be indefinite, and the descent needs it definite and has no radius."""
         return not self.has_radius and self.descent.needs_definite and self.curvature.may_be_indefinite
+
+    @property
+    def solves_indefinite(self) -> bool:
+        """Whether the descent solves such systems all the same."""
+        return self.needs_damping and takes_indefinite(self.descent)
 
     @property
     def takes_curvature_batch(self) -> bool:

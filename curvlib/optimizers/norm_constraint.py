@@ -25,8 +25,10 @@ class NormConstraint(StepRule):
 
     Ba, Grosse & Martens, "Distributed second-order optimization using Kronecker-factored approximations" (2017);
     to second order a limit of the KL divergence between the predictions before and after the step, if C is the Fisher
-    matrix. g^T C^-1 g is -g^T Delta, so that C contains the damping. Where that is not positive, Delta is no
-    direction of descent, and the step is 0.
+    matrix. g^T C^-1 g is -g^T Delta, so that C contains the damping. An indefinite C is no metric: g^T C^-1 g may be 0
+    or negative however long Delta is, so that it limits nothing. Directions that solve such systems, as with ``MINRES``
+    and a Hessian, are therefore refused when the optimizer is made. Where g^T C^-1 g is not positive all the same, by
+    an inexact solve, there is no step, and a control that follows the reduction ratio raises the damping.
 
     Args:
         constraint: c > 0.
@@ -46,6 +48,10 @@ class NormConstraint(StepRule):
     def after_rejection(self, previous: Float[Tensor, " D"] | None) -> Float[Tensor, " D"] | None:
         """Return None where there is momentum: with a fixed coefficient no damping would ever shorten that part."""
         return previous if self.momentum == 0 else None
+
+    def against_indefinite(self) -> str | None:
+        """It needs a metric."""
+        return "it limits g^T C^-1 g, which may be 0 or negative for steps of any length, since C is no metric then"
 
     def against_radius(self) -> str | None:
         """It takes g^T C^-1 g from the proposal."""

@@ -33,7 +33,7 @@ def check_pairing(direction: Direction, step_rule: StepRule, control: StepContro
                 "ModelDescent with Steihaug, Dogleg, MoreSorensen or TwoDimensionalSubspace, or a damping control such "
                 "as LevenbergMarquardt."
             )
-        _check_damping(direction, control)
+        _check_damping(direction, step_rule, control)
         return
     if control.radius is None:
         raise ValueError(
@@ -53,12 +53,24 @@ def check_pairing(direction: Direction, step_rule: StepRule, control: StepContro
         )
 
 
-def _check_damping(direction: Direction, control: StepControl) -> None:
-    """Refuse a damping that stays what it is beside a direction that may need more."""
+def _check_damping(direction: Direction, step_rule: StepRule, control: StepControl) -> None:
+    """Refuse a damping that stays what it is beside a direction or a rule that may need more."""
     if direction.needs_damping and not control.raises_damping:
         raise ValueError(
-            f"{direction.description()} needs a positive definite C + damping I, its curvature may be indefinite, and "
-            f"{control.damping!r} does not raise the damping where that is not enough, so that training would fail at "
-            "some step. Use LevenbergMarquardt(...), Steihaug() or MoreSorensen() in a trust region, TruncatedNewton "
-            "with a line search, or a curvature of GGN() or Fisher()."
+            f"C + damping I of {direction.description()} may be indefinite, and {control.damping!r} does not raise the "
+            "damping where it is, so that some step would fail or go uphill. Use LevenbergMarquardt(...), which keeps "
+            "its damping otherwise with decrease=1.0; Steihaug() or MoreSorensen() in a trust region; TruncatedNewton "
+            "with a line search; or a curvature of GGN() or Fisher()."
+        )
+    if step_rule.needs_damping and not control.raises_damping:
+        raise ValueError(
+            f"the model of {step_rule!r} may be indefinite, and {control.damping!r} does not raise the damping where "
+            "it has no minimum, so that there would be no step from there. Use LevenbergMarquardt(...), or a model "
+            "with GGN() or Fisher()."
+        )
+    reason = step_rule.against_indefinite()
+    if direction.solves_indefinite and reason is not None:
+        raise ValueError(
+            f"{step_rule!r} does not go with {direction.description()}, whose C + damping I may be indefinite: "
+            f"{reason}. Use FixedLength() or a line search, or a curvature of GGN() or Fisher()."
         )

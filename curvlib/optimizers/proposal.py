@@ -93,8 +93,14 @@ class Direction(ABC):
     def needs_damping(self) -> bool:
         """Whether its C + lambda I may turn out not to be positive definite, and has to be. Default: no.
 
-        Then it raises ``NotPositiveDefiniteError`` at some step, and a control that raises the damping is asked for.
+        At some step it then raises ``NotPositiveDefiniteError`` or goes uphill, and a control that raises the damping
+        is asked for.
         """
+        return False
+
+    @property
+    def solves_indefinite(self) -> bool:
+        """Whether its steps may be -(C + lambda I)^-1 g of an indefinite C + lambda I. Default: no."""
         return False
 
     @property
@@ -147,8 +153,9 @@ def refuse_indefinite(owner: str, name: str, approximation: Approximation, solve
         raise ValueError(
             f"{owner} needs a positive definite C + damping I for {solver!r}, and {name}={approximation!r} may be "
             "indefinite, so that training would fail at some step. Use a curvature of GGN() or Fisher(), "
-            "RootMeanSquareDiagonal(...) for a diagonal as in AdaHessian, MINRES() as the solver, or ModelDescent with "
-            "Steihaug() in a trust region or with DampedNewton() and LevenbergMarquardt(), which raises the damping."
+            "RootMeanSquareDiagonal(...) for a diagonal as in AdaHessian, or ModelDescent with Steihaug() in a trust "
+            "region. With LevenbergMarquardt(), which raises the damping, ModelDescent with DampedNewton() or MINRES() "
+            "as the solver goes as well."
         )
 
 

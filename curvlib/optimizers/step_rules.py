@@ -57,6 +57,15 @@ class StepRule(ABC):
         """Return d_prev of the step after a rejected one. Default: what it was before."""
         return previous
 
+    @property
+    def needs_damping(self) -> bool:
+        """Whether a model of its own may be indefinite and have no minimum until the damping rises. Default: no."""
+        return False
+
+    def against_indefinite(self) -> str | None:
+        """Return why the rule does not go with steps -C^-1 g of an indefinite C, None where it does, the default."""
+        return None
+
     def against_radius(self) -> str | None:
         """Return why the rule does not go with a radius, None where it does. Default: it does not."""
         return "it chooses a length itself, which would leave the region or judge the model by another step"
@@ -92,6 +101,11 @@ class ModelRescaling(StepRule):
         if not isinstance(self.matrix, CurvatureMatrix):
             raise TypeError(f"ModelRescaling needs a curvature matrix such as GGN(), got {self.matrix!r}.")
         check_fraction("ModelRescaling", "fraction", self.fraction)
+
+    @property
+    def needs_damping(self) -> bool:
+        """Whether the matrix is no GGN or Fisher matrix."""
+        return Exact(self.matrix).may_be_indefinite
 
     def check(self, objective: Objective) -> None:
         """Refuse a part of the batch for a loss that is a sum."""

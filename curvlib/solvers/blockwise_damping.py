@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlib.operators import BlockDiagonal, Diagonal, LinearOperator, Scaled, Shifted, full_precision
 from curvlib.solvers.damping_scale import checked_damping
-from curvlib.solvers.definiteness import takes_indefinite
+from curvlib.solvers.definiteness import gives_descent, takes_indefinite
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.inverse import damped_inverse
 
@@ -67,6 +67,11 @@ class BlockwiseDamping:
     def takes_indefinite(self) -> bool:
         """Whether the solver inside does."""
         return takes_indefinite(self.solver)
+
+    @property
+    def gives_descent(self) -> bool:
+        """Whether the solver inside does."""
+        return gives_descent(self.solver)
 
     def __call__(self, operator: LinearOperator, damping: float) -> LinearOperator:
         """Return (C + damping diag(f))^-1.

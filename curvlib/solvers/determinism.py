@@ -12,7 +12,7 @@ from math import isfinite
 import torch
 
 from curvlib.operators import LinearOperator, full_precision
-from curvlib.solvers.definiteness import takes_indefinite
+from curvlib.solvers.definiteness import gives_descent, takes_indefinite
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.inverse import damped_inverse
 
@@ -89,6 +89,11 @@ class DeterminismCheck:
     def takes_indefinite(self) -> bool:
         """Whether the solver inside does."""
         return takes_indefinite(self.solver)
+
+    @property
+    def gives_descent(self) -> bool:
+        """Whether the solver inside does."""
+        return gives_descent(self.solver)
 
     def __call__(self, operator: LinearOperator, damping: float) -> LinearOperator:
         """Return the solver's inverse.

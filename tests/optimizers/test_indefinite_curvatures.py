@@ -1,6 +1,7 @@
 """Newton steps with curvatures that may be indefinite: more damping where it is needed, or a refusal."""
 
 import copy
+from itertools import pairwise
 from math import isnan
 
 import pytest
@@ -9,15 +10,20 @@ from optimizer_cases import assert_same, least_squares, rosenbrock, small_networ
 from torch import nn
 
 from curvlib import GGN, Hessian, Objective
-from curvlib.approximations import BlockDiagonal, Dense, Exact, HutchinsonDiagonal
+from curvlib.approximations import KFAC, BlockDiagonal, Dense, Exact, HutchinsonDiagonal
+from curvlib.operators import Dense as DenseOperator
 from curvlib.optimizers import (
     BacktrackingLineSearch,
     CurvatureScaling,
     FixedLength,
     FixedScaling,
+    LayerDamping,
     ModelDescent,
+    ModelRescaling,
+    NormConstraint,
     PreconditionedGradient,
     SecondOrderOptimizer,
+    StrongWolfe,
     gauss_newton,
     levenberg_marquardt,
     minimize,
@@ -25,11 +31,15 @@ from curvlib.optimizers import (
 from curvlib.output_losses import AutogradLoss
 from curvlib.solvers import (
     CG,
+    MINRES,
+    BlockwiseDamping,
     ConstantDamping,
     CustomDamping,
     DampedNewton,
     DampingControl,
     DampingState,
+    Descent,
+    DeterminismCheck,
     ExponentialDamping,
     LevenbergMarquardt,
     LinearDamping,
@@ -203,3 +213,98 @@ def test_what_no_damping_heals_is_an_error_at_once():
 def test_a_radius_beside_newton_steps_is_refused_for_its_own_reason():
     with pytest.raises(ValueError, match="would control nothing"):
         newton(small_network()[0], None, radius=TrustRegion())
+
+
+class SaddleFree:
+    """(|C| + lambda I)^-1, positive definite whatever C is."""
+
+    takes_indefinite = gives_descent = True
+
+    def __call__(self, operator, damping):
+        e, Q = torch.linalg.eigh(operator.to_dense())
+        return DenseOperator(Q @ torch.diag(1 / (e.abs() + damping)) @ Q.T)
+
+
+def gradient_step(solver, curvature=None):
+    return PreconditionedGradient(curvature=curvature or Dense(Hessian()), solver=solver, fraction=1.0)
+
+
+@pytest.mark.parametrize("rule", [FixedLength(), BacktrackingLineSearch(), NormConstraint(constraint=0.1)], ids=str)
+def test_inverses_of_indefinite_systems_that_go_downhill_need_no_more_damping(rule):
+    for direction in (
+        gradient_step(SaddleFree()),
+        gradient_step(DeterminismCheck(solver=SaddleFree())),
+        gradient_step(LayerDamping({}, solver=BlockwiseDamping(factors=torch.ones(2), solver=SaddleFree()))),
+        ModelDescent(curvature=Dense(Hessian()), descent=DampedNewton(solver=SaddleFree())),
+    ):
+        objective, batch = saddle([0.5, 0.1])
+        optimizer = SecondOrderOptimizer(objective, direction=direction, step_rule=rule, damping=ConstantDamping(0.1))
+        for _ in range(30):
+            assert optimizer.step(batch).accepted
+        torch.testing.assert_close(objective.parameter_vector(), torch.tensor([0.0, 1.0]).double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [gradient_step(MINRES()), ModelDescent(curvature=Dense(Hessian()), descent=DampedNewton(solver=MINRES()))],
+    ids=["gradient", "model"],
+)
+@pytest.mark.parametrize(
+    "rule",
+    [FixedLength(), BacktrackingLineSearch(), StrongWolfe(), ModelRescaling(matrix=Hessian(), fraction=1.0)],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_a_solver_of_indefinite_systems_leads_to_a_minimum_where_the_damping_rises(rule, direction):
+    # At the start the undamped step leads uphill, to the saddle point.
+    objective, batch = saddle([1e-3, 0.5])
+    optimizer = SecondOrderOptimizer(
+        objective,
+        direction=direction,
+        step_rule=rule,
+        damping=LevenbergMarquardt(initial=0.1, interval=1, increase=2.0, decrease=0.5),
+    )
+    results = [optimizer.step(batch) for _ in range(30)]
+    assert not results[0].accepted
+    assert results[1].damping == 0.2
+    assert all(after.loss <= before.loss for before, after in pairwise(results))
+    torch.testing.assert_close(objective.parameter_vector(), torch.tensor([0.0, 1.0]).double(), rtol=0, atol=1e-6)
+
+
+class Uphill(Descent):
+    """The gradient."""
+
+    has_radius = False
+
+    def solve(self, problem):
+        return problem.answer(problem.gradient, on_boundary=False, multiplier=None)
+
+
+@pytest.mark.parametrize(
+    "control", [ConstantDamping(1.0), LevenbergMarquardt(increase=2.0)], ids=["constant", "adaptive"]
+)
+def test_no_step_under_a_norm_constraint_is_no_agreement_with_the_model(control):
+    objective, batch = small_network()
+    before = objective.parameter_vector()
+    optimizer = SecondOrderOptimizer(
+        objective,
+        direction=ModelDescent(curvature=Exact(GGN()), descent=Uphill()),
+        step_rule=NormConstraint(),
+        damping=control,
+    )
+    result = optimizer.step(batch)
+    assert (result.accepted, result.learning_rate) == (False, 0.0)
+    assert torch.equal(objective.parameter_vector(), before)
+    if isinstance(control, ConstantDamping):
+        assert (result.ratio, optimizer.damping) == (None, 1.0)
+    else:
+        assert isnan(result.ratio)
+        assert (result.actual, optimizer.damping) == (0.0, 2.0)
+
+
+def test_an_indefinite_model_of_the_rescaling_is_refused_where_the_damping_does_not_rise():
+    objective, _ = small_network()
+    parts = {"direction": gradient_step(damped_inverse, KFAC(GGN())), "step_rule": ModelRescaling(matrix=Hessian())}
+    with pytest.raises(ValueError, match=r"the model of ModelRescaling.* may be indefinite"):
+        SecondOrderOptimizer(objective, damping=ConstantDamping(1.0), **parts)
+    SecondOrderOptimizer(objective, damping=LevenbergMarquardt(), **parts)
+    SecondOrderOptimizer(objective, damping=ConstantDamping(1.0), **{**parts, "step_rule": ModelRescaling()})

@@ -49,7 +49,10 @@ WITHOUT_RADIUS = {
     "truncated newton": TruncatedNewton(),
     "damped newton": ModelDescent(curvature=Dense(GGN()), descent=DampedNewton()),
     "damped newton, indefinite": ModelDescent(curvature=Exact(Hessian()), descent=DampedNewton(solver=MINRES())),
+    "damped newton, made definite": ModelDescent(curvature=Dense(Hessian()), descent=DampedNewton()),
+    "minres": PreconditionedGradient(curvature=Dense(Hessian()), solver=MINRES(), fraction=1.0),
 }
+INDEFINITE = ["damped newton, indefinite", "damped newton, made definite", "minres"]
 WITH_RADIUS = {
     "steihaug": ModelDescent(curvature=Exact(Hessian()), descent=Steihaug()),
     "dogleg": ModelDescent(curvature=Dense(GGN()), descent=Dogleg()),
@@ -109,6 +112,10 @@ def refusal(direction, rule, control):
         return "would control nothing: the steps of .* have no radius"
     if not radius and direction in WITH_RADIUS:
         return r"needs a radius, which .* does not give"
+    if direction in INDEFINITE and control not in ADAPTIVE:
+        return r"C \+ damping I of .* may be indefinite, and .* does not raise the damping"
+    if direction in INDEFINITE and rule == "norm" and "made definite" not in direction:
+        return r"does not go with .* C is no metric then"
     return REASONS[rule] if radius and rule in CHOOSES_LENGTH else None
 
 
@@ -124,7 +131,7 @@ def test_a_pair_trains_or_is_refused_with_its_reason(direction, rule, control):
             SecondOrderOptimizer(objective, **parts)
         return
     optimizer = SecondOrderOptimizer(objective, **parts)
-    results = [optimizer.step(batch) for _ in range(3)]
+    results = [optimizer.step(batch) for _ in range(8 if direction in INDEFINITE else 3)]
     assert float(objective.value(batch)) < results[0].loss
     assert (results[0].radius == 0.3) if "radius" in control else (results[0].radius is optimizer.radius is None)
     for result in results:

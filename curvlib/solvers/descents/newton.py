@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.operators import LinearOperator
-from curvlib.solvers.definiteness import takes_indefinite
+from curvlib.solvers.definiteness import gives_descent, takes_indefinite
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.errors import NotPositiveDefiniteError
 from curvlib.solvers.inverse import damped_inverse
@@ -33,9 +33,10 @@ class DampedNewton(Descent):
 
     Args:
         solver: ``damped_inverse``, ``FactoredTikhonov()``, ``CG(...)``, ``MINRES(...)``: anything (C, lambda) ->
-            inverse. An iterative one gives the step that it has reached, with its status. Those that take indefinite
-            systems, such as ``MINRES``, say so by an attribute ``takes_indefinite``; with others C + lambda I has to be
-            positive definite.
+            inverse. An iterative one gives the step that it has reached, with its status. Where C + lambda I is not
+            positive definite, most have no inverse, and those that have one, such as ``MINRES``, lead to a saddle point
+            rather than downhill; a solver whose inverse is positive definite all the same says so by an attribute
+            ``gives_descent``.
 
     Example:
         >>> import torch
@@ -64,8 +65,13 @@ class DampedNewton(Descent):
 
     @property
     def needs_definite(self) -> bool:
+        """Whether there is no step downhill otherwise: the default, see the argument."""
+        return not gives_descent(self.solver)
+
+    @property
+    def takes_indefinite(self) -> bool:
         """Whether the solver does."""
-        return not takes_indefinite(self.solver)
+        return takes_indefinite(self.solver)
 
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.

@@ -154,7 +154,7 @@ class Descent(ABC):
 
     @property
     def needs_definite(self) -> bool:
-        """Whether C + damping I has to be positive definite. Default: any definiteness will do."""
+        """Whether C + damping I has to be positive definite for a step downhill. Default: any definiteness will do."""
         return False
 
     @property
