@@ -188,6 +188,7 @@ class Recurrence(ABC):
     """
 
     def __init__(self, inverse: IterativeInverse, b: Float[Tensor, "D K"], x0: Float[Tensor, "D K"] | None) -> None:
+        self.inverse = inverse
         self.method, self.operator, self.damping = inverse.method, inverse.operator, inverse.damping
         # b, A and P are brought to size 1 by powers of two, which round nothing, so that squares neither underflow nor
         # overflow; x is then in units of scale / unit.
@@ -198,6 +199,7 @@ class Recurrence(ABC):
         self.is_zero = (b == 0).all(0)
         self.products = 0
         self.iteration = 0
+        self.limit = inverse.method.max_iterations  # less where systems beside this one took their share
         self.values: list[Float[Tensor, " K"]] = []
         self.stored: list[tuple[int, Float[Tensor, "D K"]]] = []
         self.status: Int[Tensor, " K"] = torch.full_like(self.scale, _RUNNING, dtype=torch.long)
@@ -219,11 +221,10 @@ class Recurrence(ABC):
 
     def run(self) -> Recurrence:
         """Iterate until no column runs and the true residuals have been judged."""
-        limit = self.method.max_iterations
-        numbers = self.method.store.numbers(limit) if self.method.store is not None else frozenset()
+        numbers = self.method.store.numbers(self.limit) if self.method.store is not None else frozenset()
         every = self.method.looks_every(self.b.device)
         for restarts_left in reversed(range(_MOST_RESTARTS + 1)):
-            while self.iteration < limit:
+            while self.iteration < self.limit:
                 # The only synchronisation inside the loop.
                 if self.iteration % every == 0 and not bool(self.running.any()):
                     break
@@ -235,7 +236,7 @@ class Recurrence(ABC):
             del self.values[self.iteration + 1 :]
             self.stored = [(i, x) for i, x in self.stored if i <= self.iteration]
             again = self._judge()
-            if restarts_left == 0 or self.iteration >= limit or not bool(again.any()):
+            if restarts_left == 0 or self.iteration >= self.limit or not bool(again.any()):
                 break
             self.status = torch.where(again, _RUNNING, self.status)
             self.start()

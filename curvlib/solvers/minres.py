@@ -20,26 +20,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlib.operators.base import LinearOperator
-from curvlib.solvers.krylov import IterativeInverse, KrylovMethod, Recurrence, dot, norm_of
+from curvlib.solvers.krylov import BACKWARD_STABLE, IterativeInverse, KrylovMethod, Recurrence, dot, norm_of
+from curvlib.solvers.least_squares import least_squares
+from curvlib.solvers.minimal_residual import MinimalResidual
 from curvlib.solvers.solution import Status
 
 # |A P r|_P <= 10 eps^(1/2) |A| |r|_P makes x a candidate for a least-squares solution. Less is not reached by
 # minimising |r|, whose square hides what r has in the range of A once that is below eps^(1/2) |r|.
 _CANDIDATE = 10.0
-# The true A P r may exceed that by as much again, by the rounding errors of the recurrence.
-_CONFIRMED = 10.0
 # With this times eps |A| |r|_P the null space is hit to rounding, and no other direction is left.
 _EXACT = 10.0
-# A candidate stands once |r| has not fallen by a tenth over three times as many iterations again as it took to find it.
-_FALLEN = 0.9
-_PATIENCE = 3
-_LEAST_PATIENCE = 10
+# A search for a null vector at a plateau of |r| costs iterations where there is none, and is the last one of its kind.
 # Past a candidate x grows along the null space. Once the rounding errors of A x have grown from the first to the second
-# part of r, the recurrence will soon claim anything: the true residual has to decide. In an r that is hardly more than
-# rounding errors there are no candidates.
+# part of r, the recurrence will soon claim anything. In an r that is hardly more than rounding errors there are no
+# candidates.
 _SOUND, _GROWN = 1e-3, 1e-2
-# |r|_P that exceeds the one at the start by this much has been lost to rounding errors.
-_GROWN_RESIDUAL = 1.01
+# |r|_P that exceeds that of another iterate by this much has been lost to rounding errors.
+_WORSE = 1.01
+# A relative residual that leaves fewer than two digits of b is no solution.
+_USEFUL = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,20 +49,29 @@ class MINRES(KrylovMethod):
 
     Paige & Saunders, "Solution of sparse indefinite systems of linear equations" (1975). C + damping I has to be
     symmetric only: the Hessian away from a minimum. On a positive definite system :class:`CG` makes the smaller error
-    and MINRES the smaller residual. A singular system that has solutions gets the shortest one. One that has none ends
-    with ``Status.LEAST_SQUARES`` and the shortest least-squares solution to half the digits of the dtype (the minimum
-    of |r| is flat), which is lifted from the iterate as in Liu, Milzarek & Roosta, "Obtaining pseudo-inverse solutions
-    with MINRES" (2023):
+    and MINRES the smaller residual. A singular system that has solutions gets the shortest one, from x0 = 0.
 
-    .. math:: x \leftarrow x - \frac{r^T x}{r^T P r} P r
+    One that has none ends with ``Status.LEAST_SQUARES``. What that promises is verified by products: a y with
+    |A y| <= 4 eps |A| |y|, a null vector to working precision, and an x that solves
 
-    With a preconditioner, least squares are those of |r|_P, and the shortest is that in P^-1. Departures: b, A and P
-    are scaled to size 1; the residual vector is carried along, so that stopping rules look at its size in the Euclidean
-    norm whatever P is; true residuals decide, and where they do not follow the recurrence the solve goes on from there,
-    which repairs what the short recurrence loses on ill-conditioned systems.
+    .. math:: A x = b - \frac{b^T y}{y^T y} y
+
+    to the residual that ``stop`` asks for or to rounding errors, and to a tenth of the part of b that was taken away,
+    which no A x reaches: |A x - b| is at most 1.005 times the least. This x is the shortest, from x0 = 0, to the
+    accuracy of its residual. It may take twice the iterations of a system that has a solution. Where there is no
+    such y, or its x is not found, the status is ``ILL_CONDITIONED``, or ``ITERATION_LIMIT`` at the limit, and x is the
+    best of the iterates, by true residuals, that rounding errors had not yet carried away.
+
+    With a preconditioner, least squares are those of |r|_P, y is that of P^1/2 A P^1/2, and the shortest is that
+    in P^-1. Departures: x is built as in MINRES-QLP (Choi, Paige & Saunders 2011, "MINRES-QLP: a Krylov subspace method
+    for indefinite or singular symmetric systems"), which loses to rounding errors in proportion to the condition, and
+    not to its square; the null vector and the second system take the place of its truncation of small eigenvalues,
+    whose threshold nothing verifies. b, A and P are scaled to size 1; the residual vector is carried along, so that
+    stopping rules look at its size in the Euclidean norm whatever P is; true residuals decide, and where they do not
+    follow the recurrence the solve goes on from there.
 
     Args:
-        max_iterations: the limit.
+        max_iterations: the limit, the search for least squares included.
         stop: the stopping rule. :class:`ProgressTest` makes sense for semi-definite systems alone, where phi falls.
         preconditioner: a positive definite operator that approximates the inverse of abs(C + damping I).
         store: which iterates to keep in :attr:`Solution.iterates`; None keeps none.
@@ -101,129 +109,91 @@ class MINRESInverse(IterativeInverse):
     """
 
     def _recurrence(self, b: Float[Tensor, "D K"], x0: Float[Tensor, "D K"] | None) -> Recurrence:
-        return _MinimalResidual(self, b, x0)
+        return _Watched(self, b, x0)
 
 
-class _MinimalResidual(Recurrence):
-    """Lanczos and the QR factorisation of its matrix; signs as in the program of Paige & Saunders."""
+class _Watched(MinimalResidual):
+    """The solve, with an eye on systems that have no solution; true residuals decide what comes of it."""
 
-    lanczos_size: Float[Tensor, " K"]  # the largest column of T so far: |P^1/2 A P^1/2| from below
+    best: Float[Tensor, "D K"]  # the x of least true residual best_r
+    best_r: Float[Tensor, "D K"]
+    suspect: Bool[Tensor, " K"]  # whether A P r has been small on this plateau
+    doubted: Bool[Tensor, " K"]  # whether the system was called singular in vain
 
     def start(self) -> None:
         """Start, or start again, from the residual."""
-        zero, nothing = torch.zeros_like(self.x), torch.zeros_like(self.scale)
         if self.iteration == 0:
-            self.lanczos_size = nothing
-            self.first = self.x, self.r
-        self.z_last, self.z = zero, -self.r
-        self.y, self.beta = self._lanczos_norm(self.z)
-        self.beta_last, self.phibar = torch.ones_like(nothing), self.beta
-        self.c, self.s, self.dbar, self.epsilon = -torch.ones_like(nothing), nothing, nothing, nothing
-        self.w_last, self.w = zero, zero
-        # The candidate for a least-squares solution: x, its score, |r|_P and the iteration after it.
-        self.best, self.best_score = self.x, torch.full_like(nothing, torch.inf)
-        self.best_phibar, self.best_at = nothing, torch.zeros_like(self.iterations)
+            self.best, self.best_r = self.x, self.r
+            self.doubted = torch.zeros_like(self.running)
+        else:
+            self._offer(self.x, self.r)
+        super().start()
+        self.suspect = torch.zeros_like(self.running)
 
-    def advance(self) -> Bool[Tensor, " K"]:
-        """Make one iteration."""
-        v, z, alpha = self._expand()
-        y, beta = self._lanczos_norm(z)
-        self.lanczos_size = torch.where(
-            self.running, self.lanczos_size.maximum(torch.hypot(alpha, beta)), self.lanczos_size
-        )
-        # The last two reflections, applied to the new column of T, and the new one.
-        epsilon, delta, gbar = self.epsilon, self.c * self.dbar + self.s * alpha, self.s * self.dbar - self.c * alpha
-        next_epsilon, dbar = self.s * beta, -self.c * beta
-        gamma = torch.hypot(gbar, beta)
-        c, s = gbar / gamma, beta / gamma
-        w = (v - epsilon * self.w_last - delta * self.w) / gamma
-        x = self.x + c * self.phibar * w
-        # phibar v becomes s^2 phibar v + c s phibar z / beta without a division by a beta that may be 0.
-        r = s.square() * self.r + c * self.phibar / gamma * z
-        # |A P r|_P / |r|_P of the iterate before, which is kept where that is nothing: gamma is nothing then as well.
-        self._look_for_least_squares(torch.hypot(gbar, dbar))
-        self.end(~(x.abs().amax(0).isfinite() & r.abs().amax(0).isfinite()), Status.NOT_FINITE)
-        advance = self.running
-        self.x, self.r = torch.where(advance, x, self.x), torch.where(advance, r, self.r)
-        self.z_last, self.z, self.y, self.beta_last, self.beta = self.z, z, y, self.beta, beta
-        self.w_last, self.w, self.phibar, self.c, self.s = self.w, w, s * self.phibar, c, s
-        self.epsilon, self.dbar = next_epsilon, dbar
-        return advance
-
-    def _look_for_least_squares(self, normal: Float[Tensor, " K"]) -> None:
-        """Remember the iterate with the smallest A P r before x grows, and end the columns where r falls no more."""
+    def watch(self, normal: Float[Tensor, " K"], noise: Float[Tensor, " K"]) -> None:
+        """End the columns where r falls no more and may be of the null space."""
         eps = torch.finfo(normal.dtype).eps
-        fallen = self.phibar < _FALLEN * self.best_phibar
-        fresh = fallen | self.best_score.isinf()
-        better = self.running & (normal <= _CANDIDATE * eps**0.5 * self.lanczos_size)
-        noise = eps * self.operator_norm * norm_of(self.x) / norm_of(self.r)
-        # Making x the shortest adds an error of |A r| / |r| times |x|, which grows while A r may still fall.
-        score = normal * (self.operator_norm * norm_of(self.x) + norm_of(self.r))
-        better = better & (fresh | (score < self.best_score)) & (noise <= _SOUND)
-        self.best = torch.where(better, self.x, self.best)
-        self.best_score = torch.where(better, score, self.best_score)
-        # Measured from the first candidate of a plateau, so that a slow fall does not pass for none.
-        self.best_phibar = torch.where(better & fresh, self.phibar, self.best_phibar)
-        self.best_at = torch.where(better, self.iteration, self.best_at)
-        waited = self.iteration - self.best_at > (_PATIENCE * self.best_at).clamp(min=_LEAST_PATIENCE)
-        stands = self.best_score.isfinite() & ~(fallen & ~better) & (waited | (noise >= _GROWN))
-        self.end(stands | (better & (normal <= _EXACT * eps * self.lanczos_size)), Status.LEAST_SQUARES)
+        flat = normal <= _CANDIDATE * eps**0.5 * self.lanczos_size
+        self.suspect = (self.suspect & (self.plateau_at < self.iteration)) | (self.running & flat & (noise <= _SOUND))
+        stands = self.waited() | (noise >= _GROWN)
+        exact = normal <= _EXACT * eps * self.lanczos_size
+        self.end((self.suspect & ~self.doubted & stands) | exact, Status.LEAST_SQUARES)
 
     def conclude(self) -> Bool[Tensor, " K"]:
-        """Return to the candidates that are no worse than x by the true residual, and verify and shorten them."""
-        ends = (Status.LEAST_SQUARES, Status.ROUNDING_FLOOR, Status.CONVERGED)
-        claimed = torch.stack([self.status == status.value for status in ends]).any(0)
-        returning = self.best_score.isfinite() & (claimed | self.running)
-        if not bool(returning.any()):
-            self._give_up_what_got_worse()
-            return returning
-        best = torch.where(returning, self.best, 0.0)
-        r = torch.where(returning, self.apply(best) - self.b, 0.0)
-        y = self.times_preconditioner(r)
-        Ay = self.apply(y)
-        square = dot(r, y)
-        normal = dot(Ay, self.times_preconditioner(Ay)).clamp(min=0.0).sqrt()
-        bound = _CONFIRMED * _CANDIDATE * torch.finfo(normal.dtype).eps ** 0.5 * self.lanczos_size
-        confirmed = returning & (square > 0) & (normal <= bound * square.clamp(min=0.0).sqrt())
-        own = torch.where(returning, self.r, 0.0)
-        confirmed = confirmed & ~(dot(own, self.times_preconditioner(own)) < _FALLEN**2 * square)
-        lift = dot(r, best) / square
-        self.x = torch.where(confirmed, best - lift * y, self.x)
-        self.r = torch.where(confirmed, r - lift * Ay, self.r)
-        self.status = torch.where(confirmed & claimed, Status.LEAST_SQUARES.value, self.status)
-        # Where r has fallen after all, the system was ill-conditioned and not singular: go on from x.
-        doubtful = (self.status == Status.LEAST_SQUARES.value) & ~confirmed
-        self.status = torch.where(doubtful, Status.ILL_CONDITIONED.value, self.status)
-        return doubtful & ~self._give_up_what_got_worse()
-
-    def _give_up_what_got_worse(self) -> Bool[Tensor, " K"]:
-        """Return to the start where the true |r|_P, which grows by rounding errors alone, is larger than there."""
-        x, r = self.first
-        own, start = (torch.where(self.is_zero, 0.0, v) for v in (self.r, r))
-        sizes = [dot(v, self.times_preconditioner(v)) for v in (own, start)]
-        grown = sizes[0] > _GROWN_RESIDUAL**2 * sizes[1]
-        ends = (Status.LEAST_SQUARES.value, Status.ILL_CONDITIONED.value)
-        lost = grown & (self.running | torch.stack([self.status == value for value in ends]).any(0))
-        self.x, self.r = torch.where(lost, x, self.x), torch.where(lost, r, self.r)
-        self.status = torch.where(lost, Status.ILL_CONDITIONED.value, self.status)
-        return lost
-
-    def _expand(self) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"], Float[Tensor, " K"]]:
-        """Return the Lanczos vector v, the next one z before it is scaled, and alpha."""
-        v = torch.where(self.running, self.y / self.beta, 0.0)
-        q = self.apply(v)
-        self.operator_norm = torch.where(
-            self.running, self.operator_norm.maximum(norm_of(q) / norm_of(v)), self.operator_norm
+        """Solve what has no solution in least squares, and return to the best iterate where the last is worse."""
+        ended = (self.status == Status.CONVERGED.value) | (self.status == Status.ROUNDING_FLOOR.value)
+        size, target = norm_of(self.r), self.method.stop.residual_target(self.rhs_norm) / self.scale
+        short = self.running | (ended & (size > target))
+        # The recurrence follows an x that grows along the null space down to any residual.
+        claimed = (self.status == Status.LEAST_SQUARES.value) | (
+            ended & (size > target.maximum(_USEFUL * self._b_size))
         )
-        z = q - self.beta / self.beta_last * self.z_last
-        alpha = dot(v, z)
-        return v, z - alpha / self.beta * self.z, alpha
+        if not bool((claimed | short).any()):
+            return claimed
+        self._offer(self.x, self.r)
+        sound_r = self.settle(ended & short & ~claimed)
+        self._offer(self.sound, sound_r)
+        doubtful = self._least_squares(claimed, sound_r) if bool(claimed.any()) else claimed
+        worse = self._size(self.r) > _WORSE * self._size(self.best_r)
+        self._move(self.running & worse, self.best, self.best_r)
+        self.status = torch.where(self.running & worse, Status.ILL_CONDITIONED.value, self.status)
+        return doubtful
 
-    def _lanczos_norm(self, z: Float[Tensor, "D K"]) -> tuple[Float[Tensor, "D K"], Float[Tensor, " K"]]:
-        """Return y = P z and |z|_P, and end the columns where P turns out not to be positive definite."""
-        y = self.preconditioned(z)
-        square = dot(z, y)
-        rounding = torch.finfo(square.dtype).eps * norm_of(z) * norm_of(y)
-        self.end(~square.isfinite(), Status.NOT_FINITE)
-        self.end(square < -rounding, Status.BREAKDOWN)
-        return y, square.clamp(min=0.0).sqrt()
+    def _least_squares(self, claimed: Bool[Tensor, " K"], sound_r: Float[Tensor, "D K"]) -> Bool[Tensor, " K"]:
+        """Give the columns that may have no solution what is best for them; return those to go on with."""
+        target = self.method.stop.residual_target(self.rhs_norm) / self.scale
+        found = least_squares(self, claimed, self.sound, sound_r, target)
+        self.refinements = self.refinements + found.iterations
+        self._offer(found.x, torch.where(found.singular, found.r, torch.inf))
+        self._move(claimed, self.best, self.best_r)
+        self._move(found.solved, found.x, found.r)
+        verdict = torch.where(found.cut, Status.ITERATION_LIMIT.value, Status.ILL_CONDITIONED.value)
+        verdict = torch.where(found.solved, Status.LEAST_SQUARES.value, verdict)
+        # A part of b in the null space that is no larger than the rounding errors is no reason to call x no solution.
+        size = norm_of(self.r)
+        rounding = torch.finfo(size.dtype).eps * (self.operator_norm * norm_of(self.x) + self._b_size)
+        enough = torch.where(target.isfinite(), target, 0.0).maximum(
+            (BACKWARD_STABLE * rounding).minimum(_USEFUL * self._b_size)
+        )
+        verdict = torch.where(size <= enough, Status.CONVERGED.value, verdict)
+        self.status = torch.where(claimed, verdict, self.status)
+        self.doubted = self.doubted | (claimed & ~found.singular)
+        return claimed & (self.status == Status.ILL_CONDITIONED.value) & ~found.singular
+
+    @property
+    def _b_size(self) -> Float[Tensor, " K"]:
+        return norm_of(self.b)
+
+    def _move(self, columns: Bool[Tensor, " K"], x: Float[Tensor, "D K"], r: Float[Tensor, "D K"]) -> None:
+        self.x, self.r = torch.where(columns, x, self.x), torch.where(columns, r, self.r)
+
+    def _offer(self, x: Float[Tensor, "D K"], r: Float[Tensor, "D K"]) -> None:
+        """Remember x if its true residual r is the least so far."""
+        better = self._size(r) < self._size(self.best_r)
+        self.best, self.best_r = torch.where(better, x, self.best), torch.where(better, r, self.best_r)
+
+    def _size(self, r: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
+        """Return |r|_P, infinity where that is not finite."""
+        usable = r.isfinite().all(0)
+        r = torch.where(usable & ~self.is_zero, r, 0.0)
+        return torch.where(usable, dot(r, self.times_preconditioner(r)).clamp(min=0.0).sqrt(), torch.inf)

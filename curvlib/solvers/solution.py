@@ -28,9 +28,9 @@ class Status(Enum):
       the product A x, so that x is the exact solution of a system that differs from A in its last digits.
     * ``ITERATION_LIMIT``: the limit came first; x is the last iterate.
     * ``ILL_CONDITIONED``: as the rounding floor, but these errors are above a hundredth of b: x solves a nearby system
-      only, and may be no use for this one.
-    * ``LEAST_SQUARES``: A is singular to working precision and no x solves the system: x minimises |b - A x| and is the
-      shortest that does.
+      only, and may be no use for this one. MINRES gives the best x that it has met, by the true residual.
+    * ``LEAST_SQUARES``: A is singular to working precision and no x solves the system: |b - A x| is within 1.005 times
+      the least possible, and x is the shortest with that, see :class:`MINRES`.
     * ``SINGULAR``: p^T A p is no more than its rounding errors along a search direction p: A is singular to working
       precision, and b has a part outside of its range; x is the iterate before.
     * ``NEGATIVE_CURVATURE``: p^T A p < 0 along a search direction p: A is not positive definite.

@@ -253,7 +253,7 @@ def test_singular_systems(dtype, tolerance, seed, condition, nullity):
     assert not solution.solved
     A = M.double()
     r = b - A @ solution.x.double()
-    # _CANDIDATE times _CONFIRMED times eps^(1/2), see curvlib/solvers/minres.py
+    # what minimising |r| alone would leave, see _CANDIDATE in curvlib/solvers/minres.py, ten times over
     assert float((A @ r).norm()) <= 100 * eps**0.5 * float(r.norm())
     assert float(solution.residual_norm) == pytest.approx(float((null.T @ b).norm() / b.norm()), rel=1e-2)
     # an A r of that size is an error of the condition squared times that, |A| = 1
