@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,18 @@ class Subject:
         inputs: (N, d_in), float64.
         targets: (N, C) numbers, which are one-hot for a classifier.
         classifier: softmax outputs and cross-entropy; otherwise logistic outputs and half the squared error.
+        seed: of the first weights.
     """
 
     widths: tuple[int, ...]
     inputs: torch.Tensor
     targets: torch.Tensor
     classifier: bool
+    seed: int = 0
 
     def objective(self) -> Objective:
-        """Return the objective at the start, the same parameters at every call."""
-        torch.manual_seed(0)
+        """Return the objective at the start of the seed, the same parameters at every call."""
+        torch.manual_seed(self.seed)
         layers: list[nn.Module] = []
         for d_in, d_out in zip(self.widths, self.widths[1:], strict=False):
             linear = nn.Linear(d_in, d_out)
@@ -293,18 +295,30 @@ def markdown(results: Mapping[str, Any], facts: str) -> str:
             f"| method | {' | '.join(f'{goal:g}' for goal in goals)} | lowest loss | seconds | end |",
             "|---|" + "---:|" * (len(goals) + 2) + "---|",
         ]
-        for method, (points, end) in result["runs"].items():
-            cells = [_gradients_to(points, goal) for goal in goals]
-            lowest = min((point.loss for point in points), default=inf)
-            seconds = points[-1].seconds if points else 0.0
-            lines.append(f"| {method} | {' | '.join(cells)} | {lowest:.2g} | {seconds:.1f} | {end} |")
-        parts += [f"{name}: {result['subject']}. Gradients to a loss of", "\n".join(lines)]
+        for method, runs in result["runs"].items():
+            cells = [_gradients_to([points for points, _ in runs], goal) for goal in goals]
+            lowest = _mean([min((point.loss for point in points), default=inf) for points, _ in runs])
+            seconds = _mean([points[-1].seconds if points else 0.0 for points, _ in runs])
+            ends = ", ".join(dict.fromkeys(end for _, end in runs))
+            lines.append(f"| {method} | {' | '.join(cells)} | {lowest:.2g} | {seconds:.1f} | {ends} |")
+        seeds = ", ".join(map(str, result["seeds"]))
+        title = f"{name}: {result['subject']}; geometric means of the seeds {seeds}. Gradients to a loss of"
+        parts += [title, "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _gradients_to(points: list[Point], loss: float) -> str:
-    reached = next((point.gradients for point in points if point.loss <= loss), None)
-    return "-" if reached is None else f"{reached:.0f}"
+def _gradients_to(runs: list[list[Point]], loss: float) -> str:
+    """Return the mean, or - where a run does not come so far: without it the others' mean would flatter."""
+    reached = [next((point.gradients for point in points if point.loss <= loss), inf) for points in runs]
+    return "-" if inf in reached else f"{_mean(reached):.0f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return prod(values) ** (1 / len(values))
+
+
+def _plain(runs: Mapping[str, list[tuple[list[Point], str]]]) -> dict[str, list[Any]]:
+    return {method: [[list(map(asdict, points)), end] for points, end in own] for method, own in runs.items()}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -318,7 +332,10 @@ def _gradients_to(points: list[Point], loss: float) -> str:
     default=Path("results/benchmarks/newton-peers"),
     help="Folder of results.json and results.md.",
 )
-def main(*, only: tuple[str, ...], budget: float, processor_time: bool, threads: int, output: Path) -> None:
+@click.option("--seed", "seeds", type=int, multiple=True, default=(0,), help="Of the first weights. Repeatable.")
+def main(
+    *, only: tuple[str, ...], seeds: tuple[int, ...], budget: float, processor_time: bool, threads: int, output: Path
+) -> None:
     """Count the gradients that Newton methods need to the same loss from the same start."""
     torch.set_num_threads(threads)
     clock = time.process_time if processor_time else time.perf_counter
@@ -330,16 +347,14 @@ def main(*, only: tuple[str, ...], budget: float, processor_time: bool, threads:
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     for name, subject, goals in subjects():
-        results[name] = {"subject": str(subject), "losses": goals, "runs": {}}
+        results[name] = {"subject": str(subject), "losses": goals, "seeds": list(dict.fromkeys(seeds)), "runs": {}}
         for method, call in chosen.items():
-            points, end = run(subject, call, budget, clock)
-            results[name]["runs"][method] = points, end
-            click.echo(f"{name}, {method}: {end}, {points[-1] if points else ''}", err=True)
-    values = {
-        name: {**result, "runs": {method: [list(map(asdict, points)), end] for method, (points, end) in runs.items()}}
-        for name, result in results.items()
-        for runs in [result["runs"]]
-    }
+            runs = results[name]["runs"].setdefault(method, [])
+            for seed in results[name]["seeds"]:
+                points, end = run(replace(subject, seed=seed), call, budget, clock)
+                runs.append((points, end))
+                click.echo(f"{name}, {method}, seed {seed}: {end}, {points[-1] if points else ''}", err=True)
+    values = {name: {**result, "runs": _plain(result["runs"])} for name, result in results.items()}
     (output / "results.json").write_text(json.dumps(values) + "\n")
     (output / "results.md").write_text(markdown(results, facts))
     click.echo(markdown(results, facts))

@@ -24,12 +24,27 @@ def test_all_lower_the_loss_within_the_budget(report):
     assert list(values) == ["classifier", "auto-encoder"]
     for name, result in values.items():
         assert len(result["runs"]) == 5
-        for method, (points, end) in result["runs"].items():
+        for method, ((points, end),) in result["runs"].items():
             assert end == "budget", (name, method)
             assert points[-1]["gradients"] >= 12 > (points[-2]["gradients"] if len(points) > 1 else 0)
             assert all(point["seconds"] > 0 for point in points)
             assert f"| {method} |" in text
-        assert min(points[-1]["loss"] for points, _ in result["runs"].values()) < 5
+        assert min(points[-1]["loss"] for ((points, _),) in result["runs"].values()) < 5
+
+
+def test_means_are_over_the_seeds_that_start_from_other_weights(tmp_path):
+    words = ["--budget", "60", "--threads", "1", "--only", "SciPy: Newton-CG, GGN", "--seed", "3", "--seed", "4"]
+    done = CliRunner().invoke(main, [*words, "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "results.json").read_text())["classifier"]
+    (method, runs), text = *result["runs"].items(), (tmp_path / "results.md").read_text()
+    assert result["seeds"] == [3, 4]
+    assert runs[0][0][0]["loss"] != runs[1][0][0]["loss"]
+    reached = [next(point["gradients"] for point in points if point["loss"] <= 0.3) for points, _ in runs]
+    # both come to 0.3 and neither to 0.001
+    assert f"| {method} | {(reached[0] * reached[1]) ** 0.5:.0f} | " in text
+    assert " | - | - | " in text
+    assert "geometric means of the seeds 3, 4" in text
 
 
 def test_losses_are_those_of_hessianfree():
