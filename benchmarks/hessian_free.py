@@ -222,8 +222,8 @@ def _to_the_same_error(runs: Runs) -> str:
 @click.option(
     "--preconditioners",
     multiple=True,
-    default=(*PRECONDITIONERS, "none:martens"),
-    help="With :martens his rules. Repeatable.",
+    default=(*PRECONDITIONERS, "kfac:shorter", "none:martens"),
+    help="With :shorter solves that end sooner, with :martens his rules. Repeatable.",
 )
 @click.option("--examples", type=click.IntRange(min=1), default=1000, help="Images in the one batch.")
 @click.option("--iterations", type=click.IntRange(min=1), default=1000, help="Conjugate gradients that end a run.")

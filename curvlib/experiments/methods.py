@@ -22,7 +22,14 @@ from curvlib.experiments.options import Bounds, Choices, check_options, option, 
 from curvlib.experiments.problems import PROBLEM, Problem
 from curvlib.experiments.registry import Registry
 from curvlib.experiments.trainers import ClosureTrainer, GradientTrainer, SecondOrderTrainer, Trainer
-from curvlib.solvers import DampingControl, LevenbergMarquardt, ProgressTest, RelativeStart, StoppingRule
+from curvlib.solvers import (
+    DampingControl,
+    LevenbergMarquardt,
+    ProgressTest,
+    RelativeStart,
+    StoppingRule,
+    TighteningTest,
+)
 
 _COUNT = Bounds(at_least=1)
 _POSITIVE = Bounds(above=0)
@@ -226,6 +233,8 @@ def _damping_of_martens(first: float | None) -> DampingControl:
 
 RULES: Registry[Rules] = Registry("set of rules")
 RULES.register("short", Rules(None, lambda first: first))
+# For K-FAC as the preconditioner, of whose solves an iteration does more (benchmarks/README.md).
+RULES.register("shorter", Rules(TighteningTest(epsilon=0.1, min_window=1), lambda first: first))
 RULES.register("martens", Rules(ProgressTest(), _damping_of_martens))
 
 
@@ -249,7 +258,9 @@ class HessianFree(SecondOrderMethod):
     cg_iterations: int = option(250, "conjugate gradients a step at most", _COUNT)
     preconditioner: str = option("none", "of the conjugate gradients", Choices(tuple(PRECONDITIONERS)))
     rules: str = option(
-        "short", "of the ends of solves and of the damping: the preset's or Martens's", Choices(tuple(RULES))
+        "short",
+        "of the ends of solves and of the damping: the preset's; shorter, for K-FAC as preconditioner; or Martens's",
+        Choices(tuple(RULES)),
     )
     structural_weight: float = option(0.0, "of structural damping, for recurrent networks; 0: none", Bounds(at_least=0))
 

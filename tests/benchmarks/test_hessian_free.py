@@ -27,7 +27,7 @@ def results(folder, *more):
 def test_every_preconditioner_trains_from_the_same_start(report):
     assert list(report[0]) == ["0"]
     runs = report[0]["0"]
-    assert list(runs) == ["none", "diagonal", "kfac", "ekfac", "none:martens"]
+    assert list(runs) == ["none", "diagonal", "kfac", "ekfac", "kfac:shorter", "none:martens"]
     assert len({points[0]["error"] for points in runs.values()}) == 1
     assert len({points[1]["iterations"] for points in runs.values()}) > 1
     for points in runs.values():

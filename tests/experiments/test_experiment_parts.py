@@ -33,6 +33,7 @@ from curvlib.experiments.networks import glorot, kaiming, sparse
 from curvlib.experiments.options import options_of
 from curvlib.experiments.tasks import Accuracy, Classification, Reconstruction, SquaredErrorPerImage
 from curvlib.optimizers import Preconditioner
+from curvlib.solvers import TighteningTest
 
 DIGITS = PROBLEMS.get("digits-autoencoder")
 CPU = torch.device("cpu")
@@ -218,7 +219,8 @@ def test_options_that_may_be_left_to_the_method():
 def test_hessian_free_takes_preconditioners_and_rules_by_name():
     model = nn.Sequential(nn.Linear(64, 3), nn.Sigmoid(), nn.Linear(3, 64))
     made = {}
-    for words in ({}, {"preconditioner": "kfac"}, {"preconditioner": "diagonal"}, {"rules": "martens"}):
+    choices = ({"preconditioner": "kfac"}, {"preconditioner": "diagonal"}, {"rules": "shorter"}, {"rules": "martens"})
+    for words in ({}, *choices):
         method = configure("hessian-free", DIGITS, words)
         direction = method.start(model, nn.BCEWithLogitsLoss(), 0.0, 0)._optimizer._direction
         made[tuple(words.values())] = direction._config
@@ -226,7 +228,10 @@ def test_hessian_free_takes_preconditioners_and_rules_by_name():
     assert made[("kfac",)].preconditioner == KFAC(Fisher(samples=10))
     assert made[("diagonal",)].preconditioner == Preconditioner.martens()
     assert str(made[()].cg.stop) == "progress below 5e-02 an iteration"
+    assert made[("shorter",)].cg.stop == TighteningTest(epsilon=0.1, min_window=1)
     assert str(made[("martens",)].cg.stop) == "progress below 5e-04 an iteration"
     for words in ({"preconditioner": "kfca"}, {"rules": "auto"}, {"preconditioner": ""}):
-        with pytest.raises(ExperimentError, match=r"hessian-free\.\w+ must be one of (none, diagonal|short, martens)"):
+        with pytest.raises(
+            ExperimentError, match=r"hessian-free\.\w+ must be one of (none, diagonal|short, shorter, martens)"
+        ):
             configure("hessian-free", DIGITS, words)
