@@ -87,7 +87,8 @@ class Preconditioner(AmortisedInverse):
         .. math:: P = (\mathrm{diag}(\tfrac1N \sum_n g_n \circ g_n) + (\lambda + \eta) I)^{-\alpha}
 
         eta is the l2 weight. The paper writes the sum over examples, his released code takes the mean, as the objective
-        does; the diagonal here is on the scale of the objective, so that lambda compares with it.
+        does; the diagonal here is that of ``EmpiricalFisher()``, on the scale of the objective, so that lambda compares
+        with it. So it is C times the above for ``MSELoss()``, which is a mean over C outputs as well.
 
         Args:
             power: alpha.

@@ -118,6 +118,8 @@ class _Conjugate(Recurrence):
     length: Float[Tensor, " K"]  # p^T P^-1 p
     largest: Float[Tensor, " K"]  # the largest r^T P A P r / r^T P r so far: |P^1/2 A P^1/2| from below
     past: PastResiduals
+    solved: Float[Tensor, "D K"]  # the iterate with the least r below the rounding errors of A x, and that r
+    least: Float[Tensor, " K"]
 
     def start(self) -> None:
         """Start, or start again, along the preconditioned gradient."""
@@ -129,6 +131,7 @@ class _Conjugate(Recurrence):
         self.past = PastResiduals(kept)
         if self.iteration == 0:
             self.largest = torch.zeros_like(self.scale)
+            self.solved, self.least = self.x, torch.full_like(self.scale, torch.inf)
         y, self.rho = self._descent()
         self.p, self.length = -y, self.rho
 
@@ -171,10 +174,22 @@ class _Conjugate(Recurrence):
 
     def prepare(self) -> None:
         """Make the next direction conjugate to the last."""
+        norm = norm_of(self.r)
+        rounding = torch.finfo(norm.dtype).eps * (self.operator_norm * norm_of(self.x) + norm_of(self.b))
+        better = self.running & (norm <= rounding.minimum(self.least))
+        self.solved, self.least = torch.where(better, self.x, self.solved), torch.where(better, norm, self.least)
         y, rho = self._descent()
         beta = rho / self.rho
         self.p, self.rho = beta * torch.where(self.running, self.p, 0.0) - y, rho
         self.length = rho + beta.square() * self.length
+
+    def conclude(self) -> Bool[Tensor, " K"]:
+        """Return where A is flat along rounding errors alone to the iterate that solved the system."""
+        back = (self.status == Status.SINGULAR.value) & self.least.isfinite()
+        if bool(back.any()):
+            self.x = torch.where(back, self.solved, self.x)
+            self.r = self.apply(self.x) - self.b
+        return torch.zeros_like(back)
 
     def _descent(self) -> tuple[Float[Tensor, "D K"], Float[Tensor, " K"]]:
         """Return y = P r and r^T y, and end the columns where that is not positive."""

@@ -43,6 +43,8 @@ BACKWARD_STABLE = 10.0
 _MOST_RESTARTS = 3
 # Products that bring an estimate of |A| to at least D^(-1/10) of it from most starts.
 _POWER_ITERATIONS = 5
+# The true residual may exceed the target that the recurrence has met by so much of it: nobody asked for another digit.
+_SLACK = 0.01
 # A relative residual at the rounding floor that leaves fewer than two digits of b is no solution.
 _LEAST_USEFUL = 1e-2
 # On the CPU a look waits for nothing; elsewhere one for every product would keep the device waiting.
@@ -328,7 +330,7 @@ class Recurrence(ABC):
         # |A| |x| may exceed |b| by any factor, and then backward stability says nothing about this system.
         useful = norm * self.scale <= _LEAST_USEFUL * self.rhs_norm
         judged = torch.where((excess <= bound) & useful, Status.ROUNDING_FLOOR.value, judged)
-        judged = torch.where(excess <= bound.minimum(target), Status.CONVERGED.value, judged)
+        judged = torch.where(excess <= bound.minimum(_SLACK * target), Status.CONVERGED.value, judged)
         return torch.where(norm.isfinite(), judged, Status.NOT_FINITE.value)
 
     def _measure_operator(self) -> None:

@@ -5,7 +5,7 @@ import torch
 from linear_systems import normal, spd
 
 from curvlib.operators import Dense, Kronecker
-from curvlib.solvers import CG, MINRES, Dogleg, Subproblem, damped_inverse
+from curvlib.solvers import CG, MINRES, Dogleg, SolveError, Subproblem, damped_inverse
 from curvlib.solvers.solution import ResidualTest, Status
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
@@ -67,3 +67,5 @@ def test_a_preconditioner_does_not_hide_a_random_operator():
 
     solution = CG(preconditioner=Dense(torch.linalg.inv(A)))(Jitter(A), 0.0).solve(normal(0, 30))
     assert solution.status is Status.BREAKDOWN
+    with pytest.raises(SolveError, match=r"Dogleg's Newton step broke down .* free of randomness"):
+        Dogleg(solver=CG()).solve(Subproblem(operator=Jitter(A), gradient=normal(0, 30), radius=1.0))

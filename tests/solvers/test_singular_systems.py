@@ -56,7 +56,8 @@ def test_a_singular_system_with_a_solution_is_solved(seed, dtype, rank, conditio
     solution = CG(preconditioner=P, stop=ResidualTest(relative=1e-4))(Dense(A), 0.0).solve(inside)
     assert solution.status is Status.CONVERGED
     tight = CG(preconditioner=P, stop=ResidualTest(relative=1e-14))(Dense(A), 0.0).solve(inside)
-    assert tight.status in (Status.CONVERGED, Status.ROUNDING_FLOOR, Status.SINGULAR)
+
+    assert tight.solved
     eps = torch.finfo(dtype).eps
     assert float(tight.residual_norm) < 50 * eps * condition  # eps |A| |x| / |b|
 

@@ -96,13 +96,12 @@ class Dogleg(Descent):
             raise SolveError(
                 f"Dogleg needs a positive definite C + damping I: {error} {_REMEDY}", error.solution
             ) from error
-        if status in (
-            Status.LEAST_SQUARES,
-            Status.SINGULAR,
-            Status.NEGATIVE_CURVATURE,
-            Status.BREAKDOWN,
-            Status.NOT_FINITE,
-        ):
+        if status is Status.BREAKDOWN:
+            raise SolveError(
+                f"the solver of Dogleg's Newton step broke down after {iterations} iterations: check that its "
+                "preconditioner is positive definite and the operator linear and free of randomness."
+            )
+        if status in (Status.LEAST_SQUARES, Status.SINGULAR, Status.NEGATIVE_CURVATURE, Status.NOT_FINITE):
             raise SolveError(
                 f"Dogleg needs a positive definite C + damping I, but the solver of its Newton step ended with "
                 f"{status.name} after {iterations} iterations. {_REMEDY}"
