@@ -227,7 +227,9 @@ class _TruncatedState(DirectionState):
             check_deterministic(system)
         x0 = None if self._last is None else config.warm_start * self._last
         solution = cg(system, situation.damping).solve(-situation.gradient, x0)
-        if solution.status is Status.NOT_FINITE:
+        # A solve that broke down later on has a step: that of the iterations before.
+        broken = solution.status is Status.BREAKDOWN and solution.iterations == 0
+        if broken or solution.status is Status.NOT_FINITE:
             solution.raise_if_failed()
         step, candidates = solution.x, tuple(x for _, x in solution.iterates)
         prediction = None if regularizer is not None else _prediction(solution, situation.damping)

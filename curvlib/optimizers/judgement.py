@@ -13,18 +13,26 @@ from curvlib.solvers import RatioConvention
 
 
 def judge(
-    situation: Situation, choice: Choice, convention: RatioConvention, *, needed: bool
+    situation: Situation, choice: Choice, convention: RatioConvention, *, needed: bool, moves: bool
 ) -> tuple[float | None, float | None]:
     """Return h(theta + d) - h(theta) and the reduction ratio, where they are known or needed.
 
-    The ratio is NaN where the rule has found no step: two changes of 0 would pass for agreement.
+    The ratio is NaN where there is no step, since the rule has found none or the direction has proposed none: two
+    changes of 0 would pass for agreement.
+
+    Args:
+        situation: of the step.
+        choice: of the rule.
+        convention: of the ratio.
+        needed: whether the control looks at the ratio.
+        moves: whether the choice or the proposal, which a line search is judged by, is another step than 0.
     """
     evaluation = situation.evaluation
     before, dtype = float(evaluation.value), evaluation.outputs.dtype
     judged = choice.judged_value if choice.judged_value is not None else choice.value
     if judged is None and not needed:
         return None, None
-    if judged is None and choice.learning_rate == 0:
+    if not moves or (judged is None and choice.learning_rate == 0):
         return 0.0, nan
     if judged is None:
         small = convention.slopes_below * abs(before)

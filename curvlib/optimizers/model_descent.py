@@ -179,6 +179,11 @@ class _ModelDescentState(DirectionState):
                 f"{type(self._config.descent).__name__} met products of {operator!r} that are not finite: look for "
                 "overflow in the model, or use a smaller radius or more damping."
             )
+        if answer.status is Status.BREAKDOWN and not bool(answer.step.any()):
+            raise SolveError(
+                f"{type(self._config.descent).__name__} broke down before its first step for {operator!r}: check that "
+                "the preconditioner is positive definite and the curvature free of randomness."
+            )
         s = self._scales
         return Proposal(
             step=answer.step if s is None else answer.step / s,

@@ -15,6 +15,7 @@ from curvlib.optimizers.amortised import AmortisedInverse, InverseState
 from curvlib.optimizers.proposal import check_approximation, refuse_indefinite, refuse_what_follows_steps
 from curvlib.optimizers.situation import Situation
 from curvlib.solvers import DampingFloor, damped_inverse
+from curvlib.solvers.definiteness import gives_descent
 from curvlib.spectra import DampedPower
 
 
@@ -41,8 +42,9 @@ class Preconditioner(AmortisedInverse):
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: a number is out of range, B may be indefinite and the solver cannot do with that, or the floor
-            needs the first damping, as ``StartFloor`` does.
+        ValueError: a number is out of range, the floor needs the first damping, as ``StartFloor`` does, or B may be
+            indefinite, and the solver makes no P that is positive definite all the same: one that does, as with the
+            absolute values of the eigenvalues, has the attributes ``takes_indefinite`` and ``gives_descent``.
 
     Example:
         >>> import curvlib, torch
@@ -59,6 +61,12 @@ class Preconditioner(AmortisedInverse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.curvature.may_be_indefinite and not gives_descent(self.solver):
+            raise ValueError(
+                f"Preconditioner needs a positive definite P, and {self.solver!r} gives the inverse of an indefinite "
+                f"matrix where curvature={self.curvature!r} is one: use a curvature of GGN() or Fisher(), or "
+                "RootMeanSquareDiagonal(...)."
+            )
         if self.floor is None:
             return
         if not isinstance(self.floor, DampingFloor):

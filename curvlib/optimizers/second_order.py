@@ -212,8 +212,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         except NotPositiveDefiniteError as error:
             return self._failed(situation, state, error), torch.zeros_like(situation.gradient)
         choice = self.step_rule.choose(situation, proposal, self._previous)
-        actual, ratio = judge(situation, choice, self.ratio, needed=self.control.needs_ratio(state))
-        accepted = choice.learning_rate != 0 and (choice.value is not None or self.control.accept(ratio))
+        moves = bool(choice.step.any())
+        actual, ratio = judge(
+            situation,
+            choice,
+            self.ratio,
+            needed=self.control.needs_ratio(state),
+            moves=moves or bool(proposal.step.any()),
+        )
+        found = choice.learning_rate != 0 and moves
+        accepted = found and (choice.value is not None or self.control.accept(ratio))
         result = StepResult(
             loss=float(situation.evaluation.value),
             predicted=self.ratio.predicted_change(choice.prediction),
@@ -238,7 +246,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             ratio,
             mean_curvature=self._mean_curvature(proposal),
             on_boundary=proposal.on_boundary,
-            step_length=None if state.radius is None else proposal.length_of(choice.step),
+            step_length=proposal.length_of(choice.step) if moves and state.radius is not None else None,
             accepted=accepted,
         )
         return result, choice.step

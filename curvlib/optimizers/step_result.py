@@ -17,7 +17,7 @@ class StepResult:
         predicted: M(d) - h by the convention of the ratio. Where a line search has shortened the step, ``predicted``
             and ``ratio`` are those of the whole step, since a short step fits any model.
         actual: h(theta + d) - h on the same batch, for the step that was taken, or None if it was not needed.
-        ratio: rho, or None if it was not needed.
+        ratio: rho, or None if it was not needed; NaN where there was no step.
         damping: lambda of this step.
         accepted: whether the parameters were changed.
         gradient_evaluations: work in gradients of the whole batch, by counts of forward and backward passes through the
