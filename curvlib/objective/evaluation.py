@@ -49,6 +49,7 @@ class Evaluation:
 
     Attributes:
         objective: what was evaluated.
+        batch: on which batch, ``(inputs, targets)``.
         layout: how theta's tensors lie in flat vectors (D,).
         targets: the batch's targets.
         work: forward and backward passes made so far, in gradients of this batch (a forward pass is 1/3 of one);
@@ -66,6 +67,7 @@ class Evaluation:
         forward: ForwardPass,
         linearize: bool,
     ) -> None:
+        self.batch = batch
         inputs, self.targets = batch
         self.objective = objective
         self.layout = objective.layout
@@ -122,6 +124,11 @@ class Evaluation:
     def layers(self) -> tuple[Layer, ...]:
         """The layers of :attr:`plan`."""
         return self._tape.plan.layers
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether parameters, batch and training mode are as they were when the evaluation was made."""
+        return self._freshness.unchanged
 
     def check_fresh(self) -> None:
         """Raise StaleEvaluationError if the parameters or the batch have changed since the evaluation was made."""

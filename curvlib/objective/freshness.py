@@ -27,6 +27,11 @@ class Freshness:
         self._batch = [tensor for tensor in batch if not tensor.is_inference()]
         self._made_at, self._mode = self._fingerprint(), objective.mode()
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether parameters, batch and training mode are as they were."""
+        return self._fingerprint() == self._made_at and self._objective.mode() == self._mode
+
     def check(self) -> None:
         """Raise StaleEvaluationError if a parameter or the batch has changed."""
         now = self._fingerprint()

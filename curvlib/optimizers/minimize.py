@@ -13,7 +13,7 @@ from numbers import Real
 
 import torch
 
-from curvlib.objective import Batch
+from curvlib.objective import Batch, Evaluation, Objective
 from curvlib.optimizers.second_order import SecondOrderOptimizer
 from curvlib.optimizers.step_result import StepResult
 
@@ -167,8 +167,9 @@ def minimize(
 ) -> Minimization:
     """Take steps on one batch until a tolerance is met, and say how that ended.
 
-    A KeyboardInterrupt passes through; the parameters are then those of the last accepted step, and a second call goes
-    on from there.
+    After a rejected step the next one starts from the same evaluation: value, gradient and the statistics of
+    ``ModelDescent`` are not computed again, and a model with dropout keeps its masks. A KeyboardInterrupt passes
+    through; the parameters are then those of the last accepted step, and a second call goes on from there.
 
     Args:
         optimizer: any; ``levenberg_marquardt(objective)`` or ``gauss_newton(objective)`` for least squares.
@@ -200,8 +201,9 @@ def minimize(
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"minimize needs an integer {name} >= 1, got {count!r}.")
     objective, status, results = optimizer.objective, None, _Totals()
+    evaluations = _Evaluations(objective, batch)
     while status is None:
-        result = optimizer.step(batch)
+        result = optimizer.step(evaluations.here())
         results.add(result)
         status = tolerances.met_by(result, float(torch.linalg.vector_norm(objective.parameter_vector())))
         if status is None and stop_when is not None and stop_when(result):
@@ -210,19 +212,46 @@ def minimize(
             status = _why_without_progress(result, objective.layout.dtype)
         if status is None and results.steps >= max_steps:
             status = MinimizationStatus.STEP_LIMIT
-    evaluation = objective.at(batch, linearize=False)
-    gradient_norm = float(evaluation.gradient().abs().amax())
+    value, gradient_norm = evaluations.at_the_end()
     if status is MinimizationStatus.STEP_LIMIT and gradient_norm < tolerances.gtol:
         status = MinimizationStatus.GRADIENT
     return Minimization(
         status=status,
-        value=float(evaluation.value),
+        value=value,
         gradient_norm=gradient_norm,
         steps=results.steps,
         accepted=results.accepted,
-        gradient_evaluations=results.work + evaluation.work,
+        gradient_evaluations=results.work + evaluations.work,
         last=results.last,
     )
+
+
+class _Evaluations:
+    """The objective on the batch where the parameters are, made anew only where these have changed.
+
+    Attributes:
+        work: what the evaluations have cost outside of steps.
+    """
+
+    def __init__(self, objective: Objective, batch: Batch) -> None:
+        self._objective, self._batch = objective, batch
+        self._last: Evaluation | None = None
+        self.work = 0.0
+
+    def here(self, *, linearize: bool = True) -> Evaluation:
+        if self._last is None or not self._last.is_fresh:
+            self._last = None  # frees its graph before the next one is built
+            self._last = self._objective.at(self._batch, linearize=linearize)
+            self.work += self._last.work
+        return self._last
+
+    def at_the_end(self) -> tuple[float, float]:
+        """Return h and the largest entry of the gradient."""
+        evaluation = self.here(linearize=False)
+        before = evaluation.work
+        value, largest = torch.stack([evaluation.value, evaluation.gradient().abs().amax()]).tolist()
+        self.work += evaluation.work - before
+        return value, largest
 
 
 def _why_without_progress(result: StepResult, dtype: torch.dtype) -> MinimizationStatus:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -169,6 +170,8 @@ class _ModelDescentState(DirectionState):
         self._average = running_average(curvature, config.decay) if averages else None
         self._scales: Tensor | None = None
         self._evaluation: Evaluation | None = None  # of the last proposal, until that is judged
+        # The average with the statistics of an evaluation, for another step from there after a rejected one.
+        self._taken: WeakKeyDictionary[Evaluation, dict[str, Any]] = WeakKeyDictionary()
 
     def propose(self, situation: Situation) -> Proposal:
         operator = self._operator(situation)
@@ -228,10 +231,17 @@ class _ModelDescentState(DirectionState):
             evaluation = situation.curvature_part(self._config.fraction, linearize=True)
             return self._config.curvature.estimate(evaluation, situation.generator)
         self._evaluation = situation.evaluation
-        take_statistics(self._average, situation, self._config.fraction)
+        if situation.curvature_batch is not None:
+            take_statistics(self._average, situation, self._config.fraction)
+        elif situation.evaluation in self._taken:
+            self._average.load_state_dict(self._taken[situation.evaluation])
+        else:
+            take_statistics(self._average, situation, self._config.fraction)
+            self._taken[situation.evaluation] = self._average.state_dict()
         return self._average.operator(situation.objective)
 
     def accepted(self, step: Tensor) -> None:
+        self._taken.clear()
         if self._average is not None and self._evaluation is not None:
             self._average.follow(self._evaluation, step)
         if self._preconditioner is not None:
@@ -244,6 +254,7 @@ class _ModelDescentState(DirectionState):
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         self._restore_own(snapshot)
+        self._taken.clear()
         if self._preconditioner is not None:
             self._preconditioner.restore(snapshot[2])
 
@@ -281,3 +292,4 @@ class _ModelDescentState(DirectionState):
                 part.load_state_dict(old)
             raise
         self._scales, self._evaluation = scales, None
+        self._taken.clear()

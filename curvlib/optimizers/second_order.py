@@ -124,18 +124,22 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return None if self._state is None or self._state.radius is None else self._state.radius.radius
 
     def step(  # type: ignore[override]
-        self, batch: Batch, *, curvature_batch: Batch | None = None
+        self, batch: Batch | Evaluation, *, curvature_batch: Batch | None = None
     ) -> StepResult:
         """Take one step on a batch ``(inputs, targets)`` and return what it did.
 
         Args:
-            batch: of h, of its gradient, and of every value that the step is judged by.
+            batch: of h, of its gradient, and of every value that the step is judged by. Or the objective's evaluation
+                on it, ``objective.at(batch)``, at the parameters as they are: what is known there is not computed
+                again, such as after a step on the same batch that was rejected.
             curvature_batch: of the curvature that the direction is made with, in place of the direction's fraction of
                 the batch, such as a small batch beside all data for h and the gradient (Martens 2010, sec. 4.4). The
                 model in the reduction ratio is that of the direction; a step rule's own model stays on the batch.
 
         Raises:
-            ValueError: the direction takes no curvature batch, or it does not fit a loss that is a sum.
+            ValueError: the direction takes no curvature batch, or it does not fit a loss that is a sum; or the
+                evaluation is that of another objective.
+            StaleEvaluationError: parameters or batch have changed since the evaluation was made.
             NonFiniteLossError: the objective or its gradient is NaN or infinite.
             SolveError: the curvature could not be inverted. Where C + lambda I is not positive definite and the control
                 raises the damping, as ``LevenbergMarquardt`` does up to its ceiling, the step is a rejected one instead
@@ -149,7 +153,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 f"step(curvature_batch=...): {self._direction.description} makes no curvature of a batch of its own; "
                 "leave it out, or use TruncatedNewton, PreconditionedGradient or ModelDescent."
             )
-        evaluation = self.objective.at(batch)
+        evaluation, work_before = self._evaluated(batch)
         before = _Before(
             control=self._state,
             previous=self._previous,
@@ -160,13 +164,24 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             with full_precision(self.objective.layout.device):
                 gradient, largest = self._finite_gradient(evaluation)
                 if largest == 0.0:
-                    return self._stationary(evaluation)
-                situation = Situation(self.objective, batch, evaluation, gradient, 0.0, self._generator)
+                    return self._stationary(evaluation, work_before)
+                situation = Situation(self.objective, evaluation.batch, evaluation, gradient, 0.0, self._generator)
                 situation.gradient_norm, situation.curvature_batch = largest, curvature_batch
+                situation.work_before = work_before
                 return self._step(situation, before)
         except BaseException:  # a KeyboardInterrupt as well
             self._restore(before)
             raise
+
+    def _evaluated(self, batch: Batch | Evaluation) -> tuple[Evaluation, float]:
+        """Return the evaluation on a batch, and what of its work was no part of this step."""
+        if not isinstance(batch, Evaluation):
+            return self.objective.at(batch), 0.0
+        if batch.objective is not self.objective:
+            raise ValueError(
+                "step(evaluation) needs an evaluation of the optimizer's own objective: call optimizer.objective.at."
+            )
+        return batch, batch.work
 
     def _step(self, situation: Situation, before: _Before) -> StepResult:
         """Take the step; where this raises, :meth:`_restore` undoes what it has changed."""
@@ -287,7 +302,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             )
         return gradient, largest
 
-    def _stationary(self, evaluation: Evaluation) -> StepResult:
+    def _stationary(self, evaluation: Evaluation, work_before: float) -> StepResult:
         """Return the result of a batch with a zero gradient, where every proposal is zero."""
         return StepResult(
             loss=float(evaluation.value),
@@ -296,7 +311,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             ratio=None,
             damping=self.damping if self.damping is not None else 0.0,
             accepted=False,
-            gradient_evaluations=evaluation.work,
+            gradient_evaluations=evaluation.work - work_before,
             radius=self.radius,
         )
 

@@ -33,6 +33,7 @@ class Situation:
         radius: Delta of this step, infinite where there is none.
         curvature_batch: the batch that the curvature is to be made of, None for parts of the step's batch.
         gradient_norm: the largest entry of g, by size.
+        work_before: what the evaluation had cost before the step.
         damping_share: lambda over the first lambda; 1 where that is 0.
     """
 
@@ -46,6 +47,7 @@ class Situation:
     gradient_norm: float = 0.0
     curvature_batch: Batch | None = None
     damping_share: float = 1.0
+    work_before: float = 0.0
     _parts: list[Evaluation] = field(default_factory=list)
     _curvature_parts: dict[float, Evaluation] = field(default_factory=dict)
 
@@ -115,7 +117,8 @@ class Situation:
     @property
     def work(self) -> float:
         """Forward and backward passes of this step so far, in gradients of the whole batch."""
-        return sum(part.work * part.examples for part in (self.evaluation, *self._parts)) / self.evaluation.examples
+        parts = sum(part.work * part.examples for part in self._parts) / self.evaluation.examples
+        return self.evaluation.work - self.work_before + parts
 
 
 def take(batch: Batch, examples: Tensor, N: int) -> Batch:
