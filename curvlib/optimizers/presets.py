@@ -20,9 +20,11 @@ from curvlib.solvers import (
     DampedNewton,
     DampingControl,
     Descent,
+    EuclideanNorm,
     FactoredTikhonov,
     LevenbergMarquardt,
     MoreSorensen,
+    PreconditionerNorm,
     RadiusControl,
     RatioConvention,
     RelativeFloor,
@@ -181,19 +183,21 @@ def newton_trust_region(
     Args:
         objective: what to minimise.
         curvature: ``Exact(Hessian())`` by default; ``Dense(Hessian())`` goes with ``MoreSorensen()``, for small models.
-        descent: ``Steihaug()`` by default.
-        radius: the first radius, in the units of the parameters, or a whole control.
+        descent: ``Steihaug()`` by default, with a preconditioner ``Steihaug(region=PreconditionerNorm())``.
+        radius: the first radius, or a whole control: in the units of the parameters, in the norm of a preconditioner in
+            those of the root of the objective.
         damping: a constant lambda, added to the curvature.
         preconditioner: of the conjugate gradients: an approximation, whose damped inverse is made anew at each step; or
             a ``Preconditioner(...)``, which says how often, with which solver and from which average; or None.
         curvature_fraction: part of the batch for the curvature's products.
         seed: of the optimizer's random generator.
     """
+    region = EuclideanNorm() if preconditioner is None else PreconditionerNorm()
     return SecondOrderOptimizer(
         objective,
         direction=ModelDescent(
             curvature=curvature if curvature is not None else Exact(Hessian()),
-            descent=descent if descent is not None else Steihaug(),
+            descent=descent if descent is not None else Steihaug(region=region),
             fraction=curvature_fraction,
             preconditioner=preconditioner,
         ),

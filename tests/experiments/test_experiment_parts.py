@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvlib import GGN, EmpiricalFisher, Fisher
-from curvlib.approximations import KFAC, Diagonal, Exact, Identity
+from curvlib.approximations import EKFAC, KFAC, Diagonal, Exact, Identity
 from curvlib.experiments import (
     METHODS,
     PROBLEMS,
@@ -214,6 +214,20 @@ def test_options_that_may_be_left_to_the_method():
         configure("kfac", digits, {"damping": "much"})
     with pytest.raises(ExperimentError, match=r"adam\.lr must be a finite number above 0, got 'auto'"):
         configure("adam", digits, {"lr": "auto"})
+
+
+def test_the_trust_region_takes_preconditioners_by_name():
+    model = nn.Sequential(nn.Linear(64, 3), nn.Sigmoid(), nn.Linear(3, 64))
+    for words, preconditioner, euclidean in (
+        ({}, None, True),
+        ({"preconditioner": "ekfac"}, EKFAC(Fisher(samples=10)), False),
+    ):
+        method = configure("newton-trust-region", DIGITS, words)
+        config = method.start(model, nn.BCEWithLogitsLoss(), 0.0, 0)._optimizer._direction._config
+        assert config.preconditioner == preconditioner
+        assert config.descent.euclidean_radius == euclidean
+    with pytest.raises(ExperimentError, match=r"newton-trust-region\.preconditioner must be one of none, diagonal"):
+        configure("newton-trust-region", DIGITS, {"preconditioner": "kfca"})
 
 
 def test_hessian_free_takes_preconditioners_and_rules_by_name():

@@ -25,6 +25,7 @@ from curvlib.optimizers import (
 from curvlib.solvers import (
     AbsoluteFloor,
     ConstantDamping,
+    EuclideanNorm,
     PreconditionerNorm,
     RelativeFloor,
     RelativeRadius,
@@ -168,6 +169,16 @@ def test_the_preset_takes_it_and_needs_fewer_iterations():
         iterations[name] = sum(optimizer.step(batch).iterations for _ in range(12))
         assert float(objective.value(batch)) < 0.3
     assert iterations["kfac"] < 0.6 * iterations["none"]
+
+
+def test_the_region_of_the_preset_is_that_of_its_preconditioner():
+    objective, _ = small_network()
+    for options, region in (
+        ({}, EuclideanNorm()),
+        ({"preconditioner": KFAC(GGN())}, PreconditionerNorm()),
+        ({"preconditioner": KFAC(GGN()), "descent": Steihaug()}, EuclideanNorm()),
+    ):
+        assert newton_trust_region(objective, **options)._direction._config.descent.region == region
 
 
 def test_statistics_come_from_the_curvature_batch():
