@@ -191,7 +191,7 @@ class _ModelDescentState(DirectionState):
         return Proposal(
             step=answer.step if s is None else answer.step / s,
             operator=operator,
-            regularizer=None if s is None else Diagonal(s.square() - 1.0),
+            regularizer=self._regularizer(operator),
             mean_curvature=None if self._average is None else float(operator.trace()) / operator.size,
             iterations=answer.iterations,
             on_boundary=answer.on_boundary,
@@ -199,6 +199,14 @@ class _ModelDescentState(DirectionState):
             scales=s,
             length=answer.length,
         )
+
+    def _regularizer(self, operator: LinearOperator) -> LinearOperator | None:
+        """Return S (I + R) S - I, where the damping of the scaled parameters is lambda (I + R)."""
+        s, structure = self._scales, self._config.descent.damping_structure(operator)
+        if s is None:
+            return structure
+        scales = Diagonal(s.square() - 1.0)
+        return scales if structure is None else scales + in_scaled_parameters(structure, 1.0 / s)
 
     def _descent(self, situation: Situation) -> Descent:
         if self._preconditioner is None:

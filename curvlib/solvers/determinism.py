@@ -12,6 +12,7 @@ from math import isfinite
 import torch
 
 from curvlib.operators import LinearOperator, full_precision
+from curvlib.solvers.blockwise_damping import damping_structure
 from curvlib.solvers.definiteness import gives_descent, takes_indefinite
 from curvlib.solvers.errors import SolveError
 from curvlib.solvers.inverse import damped_inverse
@@ -103,3 +104,8 @@ class DeterminismCheck:
         """
         check_deterministic(operator)
         return self.solver(operator, damping)
+
+
+@damping_structure.register
+def _(solver: DeterminismCheck, like: LinearOperator) -> LinearOperator | None:
+    return damping_structure(solver.solver, like)

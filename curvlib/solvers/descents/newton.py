@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.operators import LinearOperator
+from curvlib.solvers.blockwise_damping import damping_structure
 from curvlib.solvers.definiteness import gives_descent, takes_indefinite
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.errors import NotPositiveDefiniteError
@@ -36,7 +37,8 @@ class DampedNewton(Descent):
             inverse. An iterative one gives the step that it has reached, with its status. Where C + lambda I is not
             positive definite, most have no inverse, and those that have one, such as ``MINRES``, lead to a saddle point
             rather than downhill; a solver whose inverse is positive definite all the same says so by an attribute
-            ``gives_descent``.
+            ``gives_descent``. With ``BlockwiseDamping(factors=f)`` the damping is lambda diag(f), here and in the
+            change that the model predicts.
 
     Example:
         >>> import torch
@@ -73,6 +75,10 @@ class DampedNewton(Descent):
         """Whether the solver does."""
         return takes_indefinite(self.solver)
 
+    def damping_structure(self, like: LinearOperator) -> LinearOperator | None:
+        """Return that of the solver."""
+        return damping_structure(self.solver, like)
+
     def solve(self, problem: Subproblem) -> DescentStep:
         """Return the step.
 
@@ -95,7 +101,14 @@ class DampedNewton(Descent):
                 f"{self.solver!r} has no step: C + damping I with damping = {problem.damping:.3g} has no positive "
                 "curvature along the first direction. Use a larger damping."
             )
-        return problem.answer(step, on_boundary=False, multiplier=0.0, status=status, iterations=iterations)
+        return problem.answer(
+            step,
+            on_boundary=False,
+            multiplier=0.0,
+            status=status,
+            iterations=iterations,
+            regularizer=self.damping_structure(problem.operator),
+        )
 
 
 @singledispatch
@@ -115,5 +128,5 @@ def check_solver(owner: str, solver: object) -> None:
     if not callable(solver):
         raise TypeError(
             f"{owner}(solver=...) must be a solver (C, damping) -> inverse such as damped_inverse or CG(), got "
-            f"{solver!r}."
+            f"{solver!r}. What has to know the model first, such as LayerDamping, goes with PreconditionedGradient."
         )

@@ -84,15 +84,23 @@ class Subproblem:
         status: Status = Status.CONVERGED,
         iterations: int = 0,
         length: float | None = None,
+        regularizer: LinearOperator | None = None,
     ) -> DescentStep:
         """Return the step with the change that the model predicts, which costs a quadratic form of C.
 
-        A step that is not finite becomes :meth:`no_step`.
+        A step that is not finite becomes :meth:`no_step`. With a regularizer R (D, D) the damping of the model is
+        lambda (I + R).
         """
         if not bool(step.isfinite().all()):
             return self.no_step(Status.NOT_FINITE)
         zero = torch.zeros((), dtype=step.dtype, device=step.device)
-        model = QuadraticModel(value=zero, gradient=self.gradient, curvature=self.operator, damping=self.damping)
+        model = QuadraticModel(
+            value=zero,
+            gradient=self.gradient,
+            curvature=self.operator,
+            damping=self.damping,
+            regularizer=regularizer,
+        )
         return DescentStep(
             step=step,
             on_boundary=on_boundary,
@@ -171,6 +179,11 @@ class Descent(ABC):
     def euclidean_radius(self) -> bool:
         r"""Whether the radius bounds \|d\|, and not a norm that is known along the path alone. Default: it does."""
         return True
+
+    def damping_structure(self, like: LinearOperator) -> LinearOperator | None:
+        """Return R (D, D), in the dtype of an operator, of a damping lambda (I + R). Default: None, for lambda I."""
+        del like
+        return None
 
     def preconditioned(self, preconditioner: LinearOperator) -> Descent:
         """Return the same descent with a preconditioner, an approximation of (C + damping I)^-1.
