@@ -72,7 +72,7 @@ def test_the_code_runs(capsys):
     assert float(namespace["change"]) < 0, "the first step lowers the loss"
     assert "the loss changes by -" in printed
     assert namespace["solution"].solved
-    assert "conjugate gradients converged" in printed
+    assert str(namespace["solution"]) in printed
     assert namespace["curvature_along_step"].shape == ()
     assert namespace["C"].shape == (421, 421)
     assert namespace["result"].accepted
