@@ -128,6 +128,8 @@ class TruncatedNewton(Direction):
     S = 0 where there is no regularizer. Where C and S are exact and of one evaluation, a product with both costs about
     what one with C does (``joined``). C and S are of the step's curvature batch, or else of a part of its batch; g is
     of the whole batch. The model that the step is judged by has this g and this C, as the one that was minimised.
+    Where g itself is a direction of negative curvature Delta is -g, whose length means nothing: beside a curvature that
+    may be indefinite the optimizer asks for a line search, a rescaling or a control that raises the damping.
     Departure from Martens's released code: the change of h in the ratio is that of the step's batch, as the paper has
     it, where the code takes the batch of C.
 
@@ -182,6 +184,11 @@ class TruncatedNewton(Direction):
         check_fraction("TruncatedNewton", "fraction", self.fraction)
         if not 0 <= self.warm_start <= 1:
             raise ValueError(f"TruncatedNewton needs 0 <= warm_start <= 1, got {self.warm_start!r}.")
+
+    @property
+    def may_lack_length(self) -> bool:
+        """Whether C may be indefinite: along a gradient of negative curvature the step is -g."""
+        return self.curvature.may_be_indefinite
 
     @property
     def takes_curvature_batch(self) -> bool:

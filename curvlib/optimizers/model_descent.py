@@ -170,11 +170,13 @@ class _ModelDescentState(DirectionState):
         self._average = running_average(curvature, config.decay) if averages else None
         self._scales: Tensor | None = None
         self._evaluation: Evaluation | None = None  # of the last proposal, until that is judged
+        self._first: LinearOperator | None = None  # the curvature that the first radius was measured with, until used
         # The average with the statistics of an evaluation, for another step from there after a rejected one.
         self._taken: WeakKeyDictionary[Evaluation, dict[str, Any]] = WeakKeyDictionary()
 
     def propose(self, situation: Situation) -> Proposal:
-        operator = self._operator(situation)
+        operator = self._first if self._first is not None else self._operator(situation)
+        self._first = None
         self._scales = self._scales_for(operator)
         answer = self._descent(situation).solve(self._subproblem(operator, situation))
         if answer.status is Status.NOT_FINITE:
@@ -230,8 +232,8 @@ class _ModelDescentState(DirectionState):
         """Return |S v|, with the scales that the first proposal will have."""
         scaling = self._config.scaling
         if scaling is not None:
-            evaluation = situation.part(self._config.fraction, linearize=True)
-            vector = scaling.scales(self._config.curvature.estimate(evaluation, situation.generator), None) * vector
+            self._first = self._operator(situation)
+            vector = scaling.scales(self._first, None) * vector
         return float(torch.linalg.vector_norm(vector))
 
     def _operator(self, situation: Situation) -> LinearOperator:
@@ -276,7 +278,7 @@ class _ModelDescentState(DirectionState):
         average, self._scales, _ = snapshot
         if self._average is not None:
             self._average.load_state_dict(average)
-        self._evaluation = None
+        self._evaluation = self._first = None
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {}

@@ -62,6 +62,12 @@ def _check_damping(direction: Direction, step_rule: StepRule, control: StepContr
             "its damping otherwise with decrease=1.0; Steihaug() or MoreSorensen() in a trust region; TruncatedNewton "
             "with a line search; or a curvature of GGN() or Fisher()."
         )
+    if direction.may_lack_length and not (step_rule.finds_length or control.raises_damping):
+        raise ValueError(
+            f"{direction.description()} goes along -g where its C + damping I has negative curvature there, "
+            f"{step_rule!r} finds no length for that, and {control.damping!r} does not raise the damping. Use "
+            "BacktrackingLineSearch(), LevenbergMarquardt(...), or a curvature of GGN() or Fisher()."
+        )
     if step_rule.needs_damping and not control.raises_damping:
         raise ValueError(
             f"the model of {step_rule!r} may be indefinite, and {control.damping!r} does not raise the damping where "

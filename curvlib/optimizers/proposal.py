@@ -104,6 +104,11 @@ class Direction(ABC):
         return False
 
     @property
+    def may_lack_length(self) -> bool:
+        """Whether a step may be a direction of descent alone, without a minimum of a model along it. Default: no."""
+        return False
+
+    @property
     def takes_curvature_batch(self) -> bool:
         """Whether it asks for :meth:`Situation.curvature_part`, which may be a batch of its own. Default: no."""
         return False

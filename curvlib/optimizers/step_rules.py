@@ -50,6 +50,9 @@ class StepRule(ABC):
     #: Whether a choice brings the values of h that the step is judged by, as line searches do.
     brings_values: ClassVar[bool] = False
 
+    #: Whether a choice finds a length for any direction of descent, as line searches and rescalings do.
+    finds_length: ClassVar[bool] = False
+
     def check(self, objective: Objective) -> None:  # noqa: B027 - most rules accept every objective
         """Refuse an objective that the rule cannot treat, before any computation."""
 
@@ -92,6 +95,8 @@ class ModelRescaling(StepRule):
         fraction: part of the batch that the model's quadratic form is computed on (tau_2).
         momentum: whether d_prev takes part.
     """
+
+    finds_length: ClassVar[bool] = True
 
     matrix: CurvatureMatrix = field(default_factory=GGN)
     fraction: float = 1 / 4
@@ -187,6 +192,7 @@ class BacktrackingLineSearch(StepRule):
     """
 
     brings_values: ClassVar[bool] = True
+    finds_length: ClassVar[bool] = True
 
     shrink: float = 0.8
     sufficient: float = 1e-2

@@ -40,6 +40,7 @@ class StrongWolfe(StepRule):
     """
 
     brings_values: ClassVar[bool] = True
+    finds_length: ClassVar[bool] = True
 
     sufficient: float = 1e-4
     flatness: float = 0.9
