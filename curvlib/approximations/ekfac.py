@@ -203,20 +203,20 @@ class EigenbasisAverage(RunningAverage):
             "approximation": repr(self.approximation),
             "updates": self.updates,
             "skipped": self.skipped,
-            "bases": {name: list(basis) for name, basis in self._bases.items()},
-            **state_of(self._statistics),
+            **state_of(self._statistics, bases={name: list(basis) for name, basis in self._bases.items()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of another approximation; nothing is changed.
+            ValueError: the state is that of another approximation, or incomplete; nothing is changed.
         """
         self._check_state(state, self.approximation)
+        bases = {name: (U_G, U_A) for name, (U_G, U_A) in state["bases"].items()}
+        statistics = statistics_of(state)
         self.updates, self.skipped = state["updates"], state["skipped"]
-        self._bases = {name: (U_G, U_A) for name, (U_G, U_A) in state["bases"].items()}
-        self._statistics = statistics_of(state)
+        self._bases, self._statistics = bases, statistics
 
     def _past_in_basis(
         self, evaluation: Evaluation, generator: torch.Generator | None

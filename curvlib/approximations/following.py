@@ -66,7 +66,7 @@ class StepPairs(RunningAverage):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of another configuration; nothing is changed.
+            ValueError: the state is that of another configuration, or incomplete; nothing is changed.
         """
         self._history.load_state_dict(state)
         self.updates, self.skipped = self._history.updates, self._history.skipped
@@ -131,11 +131,21 @@ class SumOfAverages(RunningAverage):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of another approximation; nothing is changed.
+            ValueError: the state is that of another approximation, or incomplete; nothing is changed.
         """
         self._check_state(state, self.approximation)
-        for average, part in zip(self._averages, state["parts"], strict=True):
-            average.load_state_dict(part)
+        if len(state["parts"]) != len(self._averages):
+            raise ValueError(
+                f"the state has {len(state['parts'])} parts, and {self.approximation!r} {len(self._averages)}."
+            )
+        before = [average.state_dict() for average in self._averages]
+        try:
+            for average, part in zip(self._averages, state["parts"], strict=True):
+                average.load_state_dict(part)
+        except Exception:  # all parts or none
+            for average, part in zip(self._averages, before, strict=True):
+                average.load_state_dict(part)
+            raise
         self.updates, self.skipped = state["updates"], state["skipped"]
 
 

@@ -22,6 +22,7 @@ from curvlib.approximations.exact import whole_matrix
 from curvlib.extensions import LayerPlan
 from curvlib.objective import Batch, Evaluation, Objective
 from curvlib.operators import LinearOperator, LowRank
+from curvlib.operators.state import check_entries
 
 Vector = Float[Tensor, " D"]
 
@@ -254,12 +255,18 @@ class LBFGSHistory:
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of another configuration; nothing is changed.
+            ValueError: the state is that of another configuration, or incomplete; nothing is changed.
         """
+        check_entries("LBFGS", state, self.state_dict())
         if state["config"] != repr(self.config):
             raise ValueError(f"the state is that of {state['config']}, not of {self.config!r}.")
+        steps, changes = state["steps"], state["gradient_changes"]
+        if len(steps) != len(changes):
+            raise ValueError(
+                f"the state of LBFGS is incomplete: it has {len(steps)} steps and {len(changes)} gradient changes."
+            )
         self.updates, self.skipped = state["updates"], state["skipped"]
-        self._pairs = list(zip(state["steps"], state["gradient_changes"], strict=True))
+        self._pairs = list(zip(steps, changes, strict=True))
 
     def _product(self, v: Vector, like: Vector) -> Vector:
         """B v in float64; before any pair delta I."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from curvlib.approximations.base import StatisticalApproximation, adds_up
-from curvlib.approximations.running import RunningAverage, running_average
+from curvlib.approximations.running import RunningAverage, keys_of, running_average
 from curvlib.approximations.statistics import Statistics
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator
@@ -66,7 +66,7 @@ class MovingAverage(RunningAverage):
         return self.approximation.operator(objective, self._known(self._statistics))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averaged tensors and counts."""
+        """Return the averaged tensors, their names and counts."""
         return {
             "approximation": repr(self.approximation),
             "updates": self.updates,
@@ -78,11 +78,11 @@ class MovingAverage(RunningAverage):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of another approximation; nothing is changed.
+            ValueError: the state is that of another approximation, or incomplete; nothing is changed.
         """
         self._check_state(state, self.approximation)
-        self.updates, self.skipped = state["updates"], state["skipped"]
-        self._statistics = statistics_of(state)
+        statistics = statistics_of(state)
+        self.updates, self.skipped, self._statistics = state["updates"], state["skipped"], statistics
 
 
 @running_average.register
@@ -90,17 +90,19 @@ def _(approximation: StatisticalApproximation, decay: float) -> RunningAverage:
     return MovingAverage(approximation, decay)
 
 
-def state_of(statistics: Statistics | None) -> dict[str, Any]:
-    """Return the entries of a state dictionary for statistics, or for none yet."""
-    return {
+def state_of(statistics: Statistics | None, **more: Any) -> dict[str, Any]:
+    """Return the entries of a state dictionary for statistics, or for none yet, and more; keys name all tensors."""
+    entries = {
         "means": dict(statistics.means) if statistics else None,
         "sums": dict(statistics.sums) if statistics else None,
         "roots": dict(statistics.roots) if statistics else None,
+        **more,
     }
+    return {**entries, "keys": keys_of(entries)}
 
 
 def statistics_of(state: dict[str, Any]) -> Statistics | None:
     """Return the statistics of a state dictionary."""
     if state["means"] is None:
         return None
-    return Statistics(*(dict(state.get(kind) or {}) for kind in ("means", "sums", "roots")))
+    return Statistics(*(dict(state[kind] or {}) for kind in ("means", "sums", "roots")))

@@ -14,6 +14,7 @@ from curvlib.approximations.base import Approximation
 from curvlib.approximations.statistics import Statistics
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator
+from curvlib.operators.state import check_entries
 
 
 class RunningAverage(ABC):
@@ -61,7 +62,7 @@ class RunningAverage(ABC):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the state is that of another approximation; nothing is changed.
+            ValueError: the state is that of another approximation, or incomplete; nothing is changed.
         """
 
     def _averaged(self, past: Statistics | None, statistics: Statistics) -> Statistics:
@@ -81,10 +82,22 @@ class RunningAverage(ABC):
         return statistics
 
     def _check_state(self, state: dict[str, Any], approximation: Approximation) -> None:
+        """Refuse a state of another approximation, or one that lacks entries or tensors, before anything is changed."""
+        owner = f"a {type(self).__name__} of {approximation!r}"
+        check_entries(owner, state, self.state_dict())
         if state["approximation"] != repr(approximation):
             raise ValueError(
                 f"the state is that of a {type(self).__name__} of {state['approximation']}, not of {approximation!r}."
             )
+        lacking = sorted(set(state.get("keys", ())) - set(keys_of(state)))
+        if lacking:
+            raise ValueError(f"the state of {owner} is incomplete: it lacks {', '.join(lacking)}. Nothing was changed.")
+
+
+def keys_of(state: dict[str, Any]) -> list[str]:
+    """Return the names of all tensors in the state of an average, by which an incomplete one is told from a whole."""
+    kinds = ("means", "sums", "roots", "bases")
+    return [f"{kind}[{key}]" for kind in kinds for key in state.get(kind) or {}]
 
 
 @singledispatch

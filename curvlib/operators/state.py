@@ -6,7 +6,7 @@ of those. A dtype or a device is kept as a tagged string, an operator as its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -33,6 +33,19 @@ def register_class(cls: type) -> None:
     _CLASSES[class_name(cls)] = cls
 
 
+def check_entries(owner: str, state: object, entries: Iterable[str]) -> None:
+    """Refuse a state dictionary that lacks one of the entries, before anything of it is used.
+
+    Raises:
+        ValueError: names what the state is of and what it lacks.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of {owner} must be a dictionary, got {type(state).__name__}: it is incomplete.")
+    missing = sorted(set(entries) - state.keys())
+    if missing:
+        raise ValueError(f"the state of {owner} is incomplete: it lacks {', '.join(missing)}. Nothing was changed.")
+
+
 def state_from_operator(operator: object) -> dict[str, Any]:
     """Return the dictionary of a dataclass operator.
 
@@ -44,7 +57,7 @@ def state_from_operator(operator: object) -> dict[str, Any]:
             f"state_dict is not available for {type(operator).__name__}: it is not a dataclass. Make it a frozen "
             "dataclass whose fields are tensors, numbers and operators."
         )
-    names = [field.name for field in fields(operator) if field.init]
+    names = _saved_fields(type(operator))
     where = type(operator).__name__
     return {
         _OPERATOR: class_name(type(operator)),
@@ -63,7 +76,8 @@ def operator_from_state_dict(state: Mapping[str, Any], *, device: torch.device |
         An operator of the saved class with equal fields.
 
     Raises:
-        ValueError: the dictionary does not describe an operator, or its class is not defined in this process.
+        ValueError: the dictionary does not describe an operator or lacks a field of it, or its class is not defined in
+            this process.
 
     Example:
         >>> from curvlib.operators import Diagonal
@@ -80,7 +94,12 @@ def operator_from_state_dict(state: Mapping[str, Any], *, device: torch.device |
             f"state names the operator class {state[_OPERATOR]!r}, which is not defined here: import the module that "
             f"defines it. Known classes: {', '.join(sorted(_CLASSES))}."
         )
+    check_entries(f"the operator {state[_OPERATOR]}", state[_FIELDS], _saved_fields(cls))
     return cls(**{name: _decode(value, device) for name, value in state[_FIELDS].items()})
+
+
+def _saved_fields(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls) if field.init]
 
 
 def _encode(value: Any, where: str) -> Any:

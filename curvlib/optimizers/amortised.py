@@ -17,6 +17,7 @@ from torch import Tensor
 from curvlib.approximations import Approximation, RunningAverage, StatisticalApproximation, running_average
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import LinearOperator, operator_from_state_dict
+from curvlib.operators.state import check_entries
 from curvlib.optimizers.layer_damping import SolverForModel, bound
 from curvlib.optimizers.proposal import (
     Solver,
@@ -202,6 +203,7 @@ class _Amortised(InverseState):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # everything that can fail comes first
+        check_entries("the damped inverse", state, self.state_dict())
         operator = inverse = None
         if state["operator"] is not None:
             operator = operator_from_state_dict(state["operator"])

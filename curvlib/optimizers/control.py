@@ -6,9 +6,10 @@ Symbols: lambda damping, Delta radius, rho reduction ratio.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from curvlib.operators.state import check_entries
 from curvlib.solvers import ConstantDamping, DampingControl, DampingState, RadiusControl, RadiusState
 
 
@@ -38,13 +39,18 @@ class ControlState:
         Raises:
             ValueError: an entry is missing or unknown, or the first damping is.
         """
-        if state["damping"].get("first", 0.0) is None:
+        entries = [entry.name for entry in fields(cls)]
+        check_entries("the control", state, entries)
+        check_entries("the damping", state["damping"], [entry.name for entry in fields(DampingState)])
+        if state["damping"]["first"] is None:
             raise ValueError(
                 "the state of the damping has no first damping (first=None), which the ends of solves are relative to: "
                 "it is that of an earlier version. Start again from the parameters, or enter the damping of the first "
                 "step."
             )
         radius = state["radius"]
+        if radius is not None:
+            check_entries("the radius", radius, [entry.name for entry in fields(RadiusState)])
         return cls(
             damping=DampingState.from_state_dict(state["damping"]),
             radius=None if radius is None else RadiusState.from_state_dict(radius),
@@ -123,6 +129,25 @@ class StepControl:
             radius = self.radius.start(**known)
         damping = self.damping.start(gradient_curvature=gradient_curvature)
         return ControlState(damping=_with_first(damping, damping.damping), radius=radius)
+
+    def loaded(self, state: Mapping[str, Any] | None) -> ControlState | None:
+        """Return the state that a checkpoint holds, None for that of before a first batch.
+
+        Raises:
+            ValueError: the state is incomplete, or one without a radius where there is one, or the other way round.
+        """
+        if state is None:
+            if not self.starts_with_a_batch:
+                raise ValueError(
+                    "the state of the control is incomplete: it is None, and it has a damping from the start."
+                )
+            return None
+        known = ControlState.from_state_dict(state)
+        if (known.radius is None) != (self.radius is None):
+            raise ValueError(
+                f"the state of the control has the radius {known.radius!r}, which {self.radius!r} does not fit."
+            )
+        return known
 
     def accept(self, ratio: float | None) -> bool:
         """Return whether a step of this ratio stays."""

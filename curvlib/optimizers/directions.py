@@ -15,6 +15,7 @@ from torch import Tensor
 from curvlib.approximations import Approximation, Exact, joined
 from curvlib.matrices import GGN
 from curvlib.objective import Objective
+from curvlib.operators.state import check_entries
 from curvlib.optimizers.amortised import AmortisedInverse, InverseState
 from curvlib.optimizers.layer_damping import bound
 from curvlib.optimizers.preconditioner import Preconditioner, check_preconditioner, start_preconditioner
@@ -277,6 +278,7 @@ class _TruncatedState(DirectionState):
         return {"last": self._last, "preconditioner": inverse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_entries("TruncatedNewton", state, self.state_dict())
         if self._preconditioner is not None:
             self._preconditioner.load_state_dict(state["preconditioner"])  # changes nothing if it raises
         self._last = state["last"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from curvlib.approximations import Approximation, StatisticalApproximation, running_average
 from curvlib.objective import Evaluation, Objective
 from curvlib.operators import Diagonal, LinearOperator
+from curvlib.operators.state import check_entries
 from curvlib.optimizers.amortised import InverseState
 from curvlib.optimizers.preconditioner import Preconditioner, check_preconditioner, start_preconditioner
 from curvlib.optimizers.proposal import (
@@ -291,15 +292,15 @@ class _ModelDescentState(DirectionState):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        parts = [("average", self._average), ("preconditioner", self._preconditioner)]
-        own = [(part, state[name], part.state_dict()) for name, part in parts if part is not None]
-        scales = None if self._config.scaling is None else state["scales"]
+        check_entries("ModelDescent", state, self.state_dict())
+        before = self.snapshot()
         try:
-            for part, new, _ in own:
-                part.load_state_dict(new)
+            if self._average is not None:
+                self._average.load_state_dict(state["average"])
+            if self._preconditioner is not None:
+                self._preconditioner.load_state_dict(state["preconditioner"])
         except Exception:  # both or none
-            for part, _, old in own:
-                part.load_state_dict(old)
+            self.restore(before)
             raise
-        self._scales, self._evaluation = scales, None
+        self._scales, self._evaluation = state.get("scales"), None
         self._taken.clear()

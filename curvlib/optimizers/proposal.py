@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from curvlib.objective import Objective
 from curvlib.operators import LinearOperator
 from curvlib.optimizers.situation import Situation
 from curvlib.optimizers.step_state import StepState
+from curvlib.optimizers.words import in_words
 from curvlib.solvers import Prediction
 from curvlib.solvers.definiteness import takes_indefinite
 
@@ -128,22 +129,7 @@ class Direction(ABC):
 
     def description(self) -> str:
         """Return the configuration in words, the same in every process: checkpoints of another one are refused."""
-        return _entries_in_words(self)
-
-
-def _entries_in_words(value: object) -> str:
-    entries = {entry.name: getattr(value, entry.name) for entry in fields(value)} if is_dataclass(value) else {}
-    return f"{type(value).__name__}({', '.join(f'{name}={_in_words(entry)}' for name, entry in entries.items())})"
-
-
-def _in_words(value: object) -> str:
-    """Return repr, or the names and entries of what has a repr that differs from process to process."""
-    text = repr(value)
-    if " at 0x" not in text:
-        return text
-    if is_dataclass(value):
-        return _entries_in_words(value)
-    return str(getattr(value, "__qualname__", type(value).__qualname__))
+        return in_words(self)
 
 
 def check_approximation(owner: str, name: str, value: object) -> None:

@@ -22,9 +22,10 @@ from curvlib.optimizers.control import ControlState, StepControl
 from curvlib.optimizers.judgement import judge
 from curvlib.optimizers.pairing import check_pairing
 from curvlib.optimizers.proposal import Direction, Proposal, probed_mean_curvature
-from curvlib.optimizers.situation import Situation
+from curvlib.optimizers.situation import Situation, loaded_generator
 from curvlib.optimizers.step_result import StepResult
 from curvlib.optimizers.step_rules import StepRule
+from curvlib.optimizers.words import in_words, objective_in_words, refuse_another
 from curvlib.solvers import DampedRatio, DampingControl, NotPositiveDefiniteError, RadiusControl, RatioConvention
 
 
@@ -154,12 +155,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 "leave it out, or use TruncatedNewton, PreconditionedGradient or ModelDescent."
             )
         evaluation, work_before = self._evaluated(batch)
-        before = _Before(
-            control=self._state,
-            previous=self._previous,
-            draws=self._generator.get_state(),
-            direction=self._direction.snapshot(),
-        )
+        before = self._snapshot()
         try:
             with full_precision(self.objective.layout.device):
                 gradient, largest = self._finite_gradient(evaluation)
@@ -203,8 +199,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self.objective.layout.write(self.objective.parameters, before.theta + step)
         return result
 
+    def _snapshot(self) -> _Before:
+        """Return what :meth:`_restore` takes."""
+        return _Before(
+            control=self._state,
+            previous=self._previous,
+            draws=self._generator.get_state(),
+            direction=self._direction.snapshot(),
+        )
+
     def _restore(self, before: _Before) -> None:
-        """Return to what was before the step."""
+        """Return to what was before the step, or before a state was loaded."""
         self._direction.restore(before.direction)
         self._state, self._previous = before.control, before.previous
         self._generator.set_state(before.draws)
@@ -345,37 +350,46 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Restore what :meth:`state_dict` gave, for an optimizer composed in the same way and a model of equal shape.
 
         Raises:
-            ValueError: the state is that of another composition or model, or incomplete; nothing is changed.
+            ValueError: the state is that of another composition or model, or incomplete.
+
+        After any error, also a KeyboardInterrupt, nothing is changed.
         """
+        before, groups = self._snapshot(), (self.state, self.param_groups)
+        try:
+            self._load(state_dict)
+        except BaseException as error:
+            self._restore(before)
+            self.state, self.param_groups = groups
+            if isinstance(error, ValueError) or not isinstance(error, Exception):
+                raise
+            raise ValueError(
+                f"the state is incomplete or cannot be read ({type(error).__name__}: {error}); nothing was changed. "
+                "Load what state_dict() of an optimizer composed in the same way gave."
+            ) from error
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; where this raises, :meth:`load_state_dict` undoes what it has changed."""
         missing = self.state_dict().keys() - state_dict.keys()
         if missing:
             raise ValueError(f"this is no state of a SecondOrderOptimizer: it lacks {', '.join(sorted(missing))}.")
-        for what, expected in self._made_for().items():
-            came = state_dict["made_for"].get(what)
-            if came != expected:
-                raise ValueError(f"the state was made with another {what}: expected {expected}, got {came}.")
-        control = state_dict["control"] and ControlState.from_state_dict(state_dict["control"])
-        generator = torch.Generator(self.objective.layout.device)
-        try:
-            generator.set_state(state_dict["generator"].cpu())
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"the state of the random generator does not fit this device: {error}") from error
-        self._direction.load_state_dict(state_dict["direction"])  # changes nothing if it raises
+        refuse_another(self._made_for(), state_dict["made_for"])
+        control, previous = self.control.loaded(state_dict["control"]), state_dict["previous"]
+        if previous is not None and previous.shape != (self.objective.layout.size,):
+            size = self.objective.layout.size
+            raise ValueError(f"the last step of the state must have shape ({size},), got {tuple(previous.shape)}.")
+        generator = loaded_generator(state_dict["generator"], self.objective.layout.device)
+        self._direction.load_state_dict(state_dict["direction"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._state, self._previous, self._generator = control, state_dict["previous"], generator
+        self._state, self._previous, self._generator = control, previous, generator
 
     def _made_for(self) -> dict[str, Any]:
         return {
-            "model": {
-                name: list(shape)
-                for name, shape in zip(self.objective.layout.names, self.objective.layout.shapes, strict=True)
-            },
-            "objective": [type(self.objective.loss).__name__, self.objective.l2, str(self.objective.layout.dtype)],
+            **objective_in_words(self.objective),
             "direction": self._direction.description,
-            "step rule": repr(self.step_rule),
-            "damping control": repr(self.control.damping),
-            "radius control": repr(self.control.radius),
-            "ratio": repr(self.ratio),
+            "step rule": in_words(self.step_rule),
+            "damping control": in_words(self.control.damping),
+            "radius control": in_words(self.control.radius),
+            "ratio": in_words(self.ratio),
         }
 
 

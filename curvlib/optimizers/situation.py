@@ -148,3 +148,17 @@ def check_fraction(owner: str, name: str, fraction: float) -> None:
         raise TypeError(f"{owner} needs {name} to be a number, got {fraction!r}.")
     if not 0 < fraction <= 1:
         raise ValueError(f"{owner} needs 0 < {name} <= 1, got {fraction!r}.")
+
+
+def loaded_generator(state: Tensor, device: torch.device) -> torch.Generator:
+    """Return a random generator on a device in a saved state.
+
+    Raises:
+        ValueError: the state is none of a generator there.
+    """
+    generator = torch.Generator(device)
+    try:
+        generator.set_state(state.cpu())
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"the state of the random generator does not fit this device: {error}") from error
+    return generator

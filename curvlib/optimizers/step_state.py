@@ -43,4 +43,8 @@ class StepState(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; nothing is changed if it raises."""
+        """Take over what :meth:`state_dict` gave; nothing is changed if it raises.
+
+        Raises:
+            ValueError: the state is incomplete.
+        """
