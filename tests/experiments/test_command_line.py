@@ -64,14 +64,15 @@ def test_options_change_the_training(tmp_path):
         return [[r["loss"] for r in records if r["method"] == method] for method in ("kfac", "sgd")]
 
     kfac, sgd = losses("plain", "--threads", "1")
-    assert losses("again") == [kfac, sgd]
+    # The order of float32 sums depends on where in memory a matrix lies; options change far more.
+    assert losses("again") == [pytest.approx(kfac, rel=1e-5), pytest.approx(sgd, rel=1e-5)]
     seeded = losses("seed", "--seed", "4")
-    assert seeded[0] != kfac
-    assert seeded[1] != sgd
-    assert losses("rate", "--set", "sgd.lr=0.001")[1] != sgd
-    assert losses("rate2", "--set", "sgd.lr=0.001")[0] == kfac
-    assert losses("damping", "--set", "kfac.damping=50")[0] != kfac
-    assert losses("batch", "--set", "sgd.batch_size=50")[1] != sgd
+    assert seeded[0] != pytest.approx(kfac, rel=1e-4)
+    assert seeded[1] != pytest.approx(sgd, rel=1e-4)
+    assert losses("rate", "--set", "sgd.lr=0.001")[1] != pytest.approx(sgd, rel=1e-4)
+    assert losses("rate2", "--set", "sgd.lr=0.001")[0] == pytest.approx(kfac, rel=1e-5)
+    assert losses("damping", "--set", "kfac.damping=50")[0] != pytest.approx(kfac, rel=1e-4)
+    assert losses("batch", "--set", "sgd.batch_size=50")[1] != pytest.approx(sgd, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["kfac", "hessian-free"])
