@@ -217,7 +217,7 @@ def test_an_extension_that_is_killed_at_its_start_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(Epochs(0.5), Epochs(1)), (Seconds(0.05), Seconds(0.1)), (Seconds(1 / 30), Seconds(0.05))]
+    ("before", "after"), [(Epochs(0.5), Epochs(1)), (Seconds(0.05), Seconds(1.5)), (Seconds(1 / 30), Seconds(1.5))]
 )
 def test_budgets_of_every_kind_can_grow_and_cannot_shrink(tmp_path, before, after):
     run(comparison_of("sgd", budget=before), tmp_path)
