@@ -80,6 +80,8 @@ class AmortisedInverse:
             )
         refuse_indefinite(owner, "curvature", self.curvature, self.solver)
         check_fraction(owner, "fraction", self.fraction)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"{owner} needs 0 <= decay < 1, got {self.decay!r}.")
         for name in ("statistics_every", "inverse_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -20,6 +20,7 @@ from curvlib.solvers import (
     DampedNewton,
     DampedRatio,
     DeterminismCheck,
+    Dogleg,
     LevenbergMarquardt,
     Subproblem,
     UndampedRatio,
@@ -126,3 +127,17 @@ def test_a_check_of_products_keeps_the_structure_of_the_damping():
 def test_a_damping_by_layer_is_sent_to_the_direction_that_knows_the_layers():
     with pytest.raises(TypeError, match="LayerDamping, goes with PreconditionedGradient"):
         DampedNewton(solver=LayerDamping({"2": 20.0}))
+
+
+def test_a_dogleg_whose_cauchy_point_would_have_another_damping_is_refused():
+    descent = Dogleg(solver=BlockwiseDamping(factors=torch.tensor([1.0, 5.0], dtype=torch.float64)))
+    C, g = DenseOperator(torch.eye(2, dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="damps coordinates differently: use DampedNewton"):
+        descent.solve(Subproblem(operator=C, gradient=g, radius=1.0, damping=0.1))
+    assert descent.solve(Subproblem(operator=C, gradient=g, radius=1.0)).on_boundary
+
+
+@pytest.mark.parametrize("decay", [-0.9, 1.0, 1.5])
+def test_a_decay_out_of_range_is_refused_by_the_direction(decay):
+    with pytest.raises(ValueError, match="PreconditionedGradient needs 0 <= decay < 1"):
+        PreconditionedGradient(curvature=Dense(GGN()), decay=decay, statistics_every=2)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlib.operators import full_precision
+from curvlib.solvers.blockwise_damping import damping_structure
 from curvlib.solvers.descents.newton import Inverter, check_solver, newton_step
 from curvlib.solvers.descents.problem import Descent, DescentStep, Subproblem
 from curvlib.solvers.errors import SolveError
@@ -62,10 +63,15 @@ class Dogleg(Descent):
         """Return the step.
 
         Raises:
-            ValueError: the radius is infinite.
+            ValueError: the radius is infinite, or the solver's damping differs by coordinate.
             SolveError: C + damping I is not positive definite, or the solver could not invert it.
         """
         radius, g = problem.finite_radius("Dogleg"), problem.gradient
+        if damping_structure(self.solver, problem.operator) is not None and problem.damping > 0.0:
+            raise ValueError(
+                f"Dogleg needs a solver of C + damping I, as its Cauchy point is made with, and {self.solver!r} damps "
+                "coordinates differently: use DampedNewton with that solver, or a damping of 0."
+            )
         if not bool(g.isfinite().all()):
             return problem.no_step(Status.NOT_FINITE)
         if not bool(g.any()):
