@@ -1,5 +1,7 @@
 """Small problems for optimizers, and comparisons of their states."""
 
+import io
+
 import torch
 from torch import nn
 
@@ -76,3 +78,13 @@ def assert_same(one, other, where="state"):
         assert torch.equal(one, other), where
     else:
         assert one == other, where
+
+
+def resume(optimizer, other):
+    """Give another optimizer the state and the parameters of one, by way of a file."""
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), optimizer.objective.parameter_vector()), file)
+    file.seek(0)
+    state, theta = torch.load(file, weights_only=True)
+    other.load_state_dict(state)
+    other.objective.layout.write(other.objective.parameters, theta)

@@ -1,4 +1,4 @@
-"""Trust regions with preconditioners that follow the curvature."""
+"""Preconditioners that follow the curvature, and trust regions with them."""
 
 from curvlib import GGN, Fisher
 from curvlib.approximations import EKFAC, KFAC, BlockDiagonal, Exact
@@ -13,9 +13,9 @@ STRATEGIES = {
     "drawn kfac": Preconditioner(curvature=KFAC(Fisher()), decay=0.9, inverse_every=3, fraction=0.5),
     "factored": Preconditioner(curvature=KFAC(GGN()), solver=FactoredTikhonov()),
     "ekfac": Preconditioner(curvature=EKFAC(GGN(), basis_every=2), decay=0.9),
-    "blocks": Preconditioner(curvature=BlockDiagonal(GGN()), statistics_every=2),
     "anew": KFAC(GGN()),
 }
+WITH_BLOCKS = {**STRATEGIES, "blocks": Preconditioner(curvature=BlockDiagonal(GGN()), statistics_every=2)}
 
 
 def length_in(M, d):

@@ -1,13 +1,12 @@
 """Preconditioners of trust-region steps: what a rejection restores, checkpoints, and what is refused."""
 
 import copy
-import io
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from optimizer_cases import assert_same, small_network
-from preconditioned_cases import ELLIPSOID, STRATEGIES, TIGHT, trust
+from optimizer_cases import assert_same, resume, small_network
+from preconditioned_cases import ELLIPSOID, TIGHT, WITH_BLOCKS, trust
 
 from curvlib import GGN, Hessian
 from curvlib.approximations import KFAC, LBFGS, Dense, Exact
@@ -32,7 +31,7 @@ from curvlib.solvers import (
     damped_inverse,
 )
 
-strategies = pytest.mark.parametrize("name", STRATEGIES)
+strategies = pytest.mark.parametrize("name", WITH_BLOCKS)
 
 
 # --- rejections and checkpoints --------------------------------------------------------------------------------------
@@ -58,7 +57,7 @@ def test_a_rejected_step_restores_everything_bit_for_bit(name, curvature):
     now = []
     optimizer = trust(
         objective,
-        STRATEGIES[name],
+        WITH_BLOCKS[name],
         descent=Steihaug(region=PreconditionerNorm()),
         curvature=curvature,
         radius=Rejecting(initial=0.1, now=now),
@@ -86,18 +85,13 @@ def test_a_rejected_step_restores_everything_bit_for_bit(name, curvature):
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name):
     def start():
         objective, batch = small_network(torch.float32)
-        return newton_trust_region(objective, preconditioner=STRATEGIES[name], curvature_fraction=0.5), batch
+        return newton_trust_region(objective, preconditioner=WITH_BLOCKS[name], curvature_fraction=0.5), batch
 
     optimizer, batch = start()
     for _ in range(4):
         optimizer.step(batch)
-    file = io.BytesIO()
-    torch.save((optimizer.state_dict(), optimizer.objective.parameter_vector()), file)
-    file.seek(0)
-    state, theta = torch.load(file, weights_only=True)
     other, _ = start()
-    other.load_state_dict(state)
-    other.objective.layout.write(other.objective.parameters, theta)
+    resume(optimizer, other)
     for _ in range(3):
         assert optimizer.step(batch) == other.step(batch)
     assert torch.equal(optimizer.objective.parameter_vector(), other.objective.parameter_vector())
@@ -105,7 +99,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name):
 
 def test_a_broken_state_changes_nothing():
     objective, batch = small_network()
-    optimizer = trust(objective, STRATEGIES["kfac"], curvature=KFAC(GGN()), decay=0.5)
+    optimizer = trust(objective, WITH_BLOCKS["kfac"], curvature=KFAC(GGN()), decay=0.5)
     for _ in range(2):
         optimizer.step(batch)
     good = copy.deepcopy(optimizer.state_dict())
@@ -121,9 +115,9 @@ def test_a_broken_state_changes_nothing():
 
 def test_a_checkpoint_of_another_preconditioner_is_refused():
     objective, batch = small_network()
-    optimizer = newton_trust_region(objective, preconditioner=STRATEGIES["kfac"])
+    optimizer = newton_trust_region(objective, preconditioner=WITH_BLOCKS["kfac"])
     optimizer.step(batch)
-    for other in (None, STRATEGIES["ekfac"], KFAC(GGN())):
+    for other in (None, WITH_BLOCKS["ekfac"], KFAC(GGN())):
         with pytest.raises(ValueError, match="direction"):
             newton_trust_region(objective, preconditioner=other).load_state_dict(optimizer.state_dict())
 

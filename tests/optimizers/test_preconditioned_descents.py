@@ -6,7 +6,7 @@ from math import inf
 import pytest
 import torch
 from optimizer_cases import classification, linear_regression, small_network
-from preconditioned_cases import ELLIPSOID, STRATEGIES, TIGHT, length_in, trust
+from preconditioned_cases import ELLIPSOID, TIGHT, WITH_BLOCKS, length_in, trust
 from torch import nn
 
 from curvlib import GGN, Objective
@@ -37,7 +37,7 @@ from curvlib.solvers import (
     damped_inverse,
 )
 
-strategies = pytest.mark.parametrize("name", STRATEGIES)
+strategies = pytest.mark.parametrize("name", WITH_BLOCKS)
 
 
 def fixed_preconditioner(size):
@@ -119,7 +119,7 @@ def watch(optimizer):
 @strategies
 def test_each_step_keeps_to_the_ellipsoid_of_its_own_preconditioner(name):
     objective, batch = small_network()
-    optimizer = trust(objective, STRATEGIES[name])
+    optimizer = trust(objective, WITH_BLOCKS[name])
     made = watch(optimizer)
     reached = 0
     for _ in range(6):
@@ -140,7 +140,7 @@ def test_each_step_keeps_to_the_ellipsoid_of_its_own_preconditioner(name):
 def test_a_step_inside_is_that_without_a_preconditioner(name, descent):
     damping = ConstantDamping(0.1)
     steps = []
-    for preconditioner, by in ((None, TIGHT), (STRATEGIES[name], descent)):
+    for preconditioner, by in ((None, TIGHT), (WITH_BLOCKS[name], descent)):
         objective, batch = small_network()
         optimizer = trust(objective, preconditioner, descent=by, radius=TrustRegion(initial=1e4), damping=damping)
         before = objective.parameter_vector()
